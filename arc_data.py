@@ -303,14 +303,19 @@ def redraw(tokens: Tokens) -> list:
 
 
 class Grids(NamedTuple):
-    """G grids as tokens, packed into R rows of L slots. Attention stays inside (row, grid); empty slots have grid = G."""
-    bits: Tensor           # (R, L, BYTES) uint8 packed bitmap
-    colour: Tensor         # (R, L) int64
-    area: Tensor           # (R, L) int64
-    box: Tensor            # (R, L, 4) int64
-    grid: Tensor           # (R, L) int64
-    first: Tensor          # (G,) flat slot of each grid's whole-grid token
-    count: Tensor          # (G,) tokens of each grid
+    """G grids as tokens, packed into R rows of L slots, and the U distinct objects that fill them.
+
+    What an object is (bitmap, colour) stands once in the first three; where it lies stands in its slot. Attention stays
+    inside (row, grid). An empty slot has grid = G.
+    """
+    bits: Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct objects
+    colour: Tensor         # (U,)       int64
+    whole: Tensor          # (U,)       bool: a whole grid, not an object
+    kind: Tensor           # (R, L)     int64: which distinct object
+    box: Tensor            # (R, L, 4)  int64
+    grid: Tensor           # (R, L)     int64
+    first: Tensor          # (G,)       flat slot of each grid's whole-grid token
+    count: Tensor          # (G,)       tokens of each grid
 
     def to(self, device):
         return Grids(*(part.to(device, non_blocking=True) for part in self))
@@ -334,39 +339,45 @@ def pack(counts) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TokenTable:
-    """Tokens of a list of grids on a device, from which any choice of grids is gathered, turned and recoloured."""
+    """Tokens of a list of grids, from which any choice of grids is gathered, turned and recoloured.
+
+    The tables lie on the device; the small index arrays that say what fills each slot are worked out on the host.
+    """
 
     def __init__(self, grids, device="cpu", objects: int = OBJECTS, turned: bool = True):
         tokens = tokenise(grids, objects)
-        self.start, self.cut, self.device = tokens.start, tokens.cut, device
+        self.start, self.cut, self.device, self.colour, self.shape = tokens.start, tokens.cut, device, tokens.colour, tokens.shape
         bits = np.unpackbits(tokens.bitmaps, axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE)
-        self.shapes = len(bits)
-        tables = [np.packbits(_turn_shapes(bits, tokens.extent, s).reshape(-1, SIDE * SIDE), 1) for s in range(8 if turned else 1)]
-        move = lambda array: torch.as_tensor(array).to(device)
-        self.bitmaps = move(np.concatenate(tables))                                        # (8 S, BYTES)
-        self.colour, self.area, self.shape = (move(x.astype(np.int64)) for x in (tokens.colour, tokens.area, tokens.shape))
-        self.box = move(tokens.box.astype(np.int64))
+        rows = np.concatenate([np.packbits(_turn_shapes(bits, tokens.extent, symmetry).reshape(-1, SIDE * SIDE), 1)
+                               for symmetry in range(8 if turned else 1)])
+        _, first, same = np.unique(rows.view(f"V{BYTES}").ravel(), return_index=True, return_inverse=True)
+        self.turned = same.reshape(-1, len(bits))                                          # (8, S) shape after a symmetry
+        self.bitmaps = torch.from_numpy(rows[first]).to(device)
+        self.box = torch.from_numpy(tokens.box.astype(np.int64)).to(device)
 
     def gather(self, chosen, symmetry=None, colours=None) -> Grids:
         """Grids by position in the table. symmetry (G,) 0-7 and colours (G, 10), if given, are applied to each."""
         counts = self.start[chosen + 1] - self.start[chosen]
         slot, rows = pack(counts)
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.repeat(slot, counts) + inside
-        token = np.zeros(rows * SLOTS, dtype=np.int64)
-        grid = np.full(rows * SLOTS, len(chosen), dtype=np.int64)
-        token[places] = np.repeat(self.start[chosen], counts) + inside
-        grid[places] = np.repeat(np.arange(len(chosen)), counts)
-        token, grid, first, counts = (torch.from_numpy(x).to(self.device) for x in (token, grid, slot, counts))
-        colour, box, shape = self.colour[token], self.box[token], self.shape[token]
+        owner = np.repeat(np.arange(len(chosen)), counts)
+        source = self.start[chosen][owner] + inside
+        shape, colour = self.shape[source], self.colour[source]
+        shape = self.turned[0 if symmetry is None else symmetry[owner], shape]
+        colour = colour if colours is None else colours[owner, colour]
+        names, kind = np.unique((shape * 10 + colour) * 2 + (inside == 0), return_inverse=True)
+        slots = np.zeros((3, rows * SLOTS), dtype=np.int64)
+        slots[2] = len(chosen)
+        slots[:, slot[owner] + inside] = kind, source, owner
+        move = lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device, non_blocking=True)
+        kind, source, grid = move(slots)
+        first, counts, names = move(slot), move(counts), move(names)
+        box = self.box[source]
         if symmetry is not None:
             row = grid.clamp(max=len(chosen) - 1)                                          # an empty slot may take any
-            symmetry, colours = (torch.from_numpy(x).to(self.device) for x in (symmetry, colours))
-            box = _turn_boxes(box, box[first][row], symmetry[row])
-            shape = shape + symmetry[row] * self.shapes
-            colour = colours[row, colour]
+            box = _turn_boxes(box, box[first][row], move(symmetry)[row]).masked_fill((grid == len(chosen))[:, None], 0)
         fold = lambda x: x.view(rows, SLOTS, *x.shape[1:])
-        return Grids(fold(self.bitmaps[shape]), fold(colour), fold(self.area[token]), fold(box), fold(grid), first, counts)
+        return Grids(self.bitmaps[names // 20], names // 2 % 10, names % 2 == 1, fold(kind), fold(box), fold(grid), first, counts)
 
 
 def _turn_shapes(bits, extent, symmetry):
@@ -392,7 +403,7 @@ def _turn_boxes(box, whole, symmetry):
 class Batch(NamedTuple):
     grids: Grids           # the distinct grids: G = T * 2 P, ordered task, pair, side
     index: Tensor          # (W, 4) in1, out1, in2, out2 of each window
-    tasks: np.ndarray      # (T,)
+    objects: Tensor        # at most G of the U distinct objects, drawn at random
 
 
 class TaskSet:
@@ -432,4 +443,6 @@ class TaskSet:
         real = (chosen[:, a] != chosen[:, b]).ravel()
         first, second = first.ravel()[real], second.ravel()[real]
         index = np.stack([2 * first, 2 * first + 1, 2 * second, 2 * second + 1], 1)
-        return Batch(self.table.gather(grids, symmetry, colours), torch.from_numpy(index).to(self.table.device), tasks)
+        gathered = self.table.gather(grids, symmetry, colours)
+        objects = random.permutation(len(gathered.colour))[:len(grids)]
+        return Batch(gathered, *(torch.from_numpy(x).to(self.table.device) for x in (index, objects)))

@@ -27,17 +27,16 @@ from arc_data import PAD, Windows
 METRICS = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "r1_without_out1", "mrr_without_out1", "within_task")
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task")  # the metrics of eval.json
 QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}  # weights of in1, out1, in2
-DEFAULT_DATA = "arcagi1:evaluation"
 SAMPLE = 4096  # windows behind an effective rank
 CHUNK = 1024  # windows ranked at once: CHUNK x P scores in memory
 TIE = 1e-5  # scores nearer than this are equal; rounding in fp32 stays ten times below it
 RIDGE = 1e-4  # of the mean variance, added to each when whitening
 
 PerWindow = dict[str, np.ndarray]  # metric -> (W,)
-Score = Callable[[Tensor], Tensor]  # numbers of windows (n,) -> scores of the pool (n, P), higher is nearer
+Score = Callable[[Tensor], Tensor]  # numbers of queries (n,) -> scores of the pool (n, P), higher is nearer
 
 
-# 1 Ranks ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- ranks
 
 
 class Targets(NamedTuple):
@@ -59,9 +58,10 @@ def find_targets(windows: Windows) -> Targets:
     return Targets(out1, out2, task, members)
 
 
-def rank(score: Score, windows: Windows, rows: np.ndarray | None = None) -> PerWindow:
+def rank(score: Score, windows: Windows, rows: Tensor | None = None) -> PerWindow:
     """Every retrieval metric of every window, from the scores of the whole pool.
 
+    score    numbers of queries (n,) -> (n, P); query i asks for the target of window rows[i]
     rows     (n,)  the windows to rank; all of them by default
     returns  each of METRICS -> (n,) in [0, 1]
 
@@ -69,25 +69,24 @@ def rank(score: Score, windows: Windows, rows: np.ndarray | None = None) -> PerW
     is then its mean over the orders of the tied grids. 'Without out1': the context's own output leaves the pool, unless it
     is the target. Within-task: among the distinct outputs of the task, without out1 likewise, the target is strictly first.
     """
-    rows = torch.arange(len(windows.task)) if rows is None else torch.as_tensor(rows)
     where = find_targets(windows)
-    parts = [_rank_chunk(score(chunk), Targets(*(t[chunk] for t in where[:3]), where.members)) for chunk in rows.split(CHUNK)]
+    if rows is not None:
+        where = Targets(where.out1[rows], where.out2[rows], where.task[rows], where.members)
+    chunks = torch.arange(len(where.task)).split(CHUNK)
+    parts = [_rank_chunk(score(i), where.out1[i], where.out2[i], where.members[where.task[i]]) for i in chunks]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in METRICS}
 
 
-def _rank_chunk(scores: Tensor, where: Targets) -> dict[str, Tensor]:
+def _rank_chunk(scores: Tensor, out1: Tensor, out2: Tensor, rivals: Tensor) -> dict[str, Tensor]:
     lines = torch.arange(len(scores))
-    margin = scores - scores[lines, where.out2, None]  # (n, P) over the target
+    margin = scores - scores[lines, out2, None]  # (n, P) over the target
     above, tied = margin > TIE, margin.abs() <= TIE
-    distractor = where.out1 != where.out2  # (n,) out1 may be left out
-    above_without = above.sum(1) - (above[lines, where.out1] & distractor).long()
-    tied_without = tied.sum(1) - (tied[lines, where.out1] & distractor).long()
-    rivals = where.members[where.task]  # (n, P), a copy
-    rivals[lines, where.out1] = False
-    rivals[lines, where.out2] = False
-    result = {f"{name}{end}": value for end, counts in (("", (above.sum(1), tied.sum(1))), ("_without_out1", (above_without, tied_without)))
-              for name, value in rank_metrics(*counts).items()}
-    return result | {"within_task": (~(rivals & (above | tied)).any(1)).double()}
+    rivals[lines, out1] = rivals[lines, out2] = False
+    result = rank_metrics(above.sum(1), tied.sum(1)) | {"within_task": (~(rivals & (above | tied)).any(1)).double()}
+    for counted in (above, tied):
+        counted[lines, out1] &= out1 == out2  # out1 leaves the pool, unless it is the target
+    without = rank_metrics(above.sum(1), tied.sum(1))
+    return result | {f"{name}_without_out1": value for name, value in without.items()}
 
 
 def rank_metrics(above: Tensor, tied: Tensor) -> dict[str, Tensor]:
@@ -101,20 +100,21 @@ def rank_metrics(above: Tensor, tied: Tensor) -> dict[str, Tensor]:
     return {name: (total[above + tied] - total[above]) / tied for name, total in sums.items()}
 
 
-# 2 Scores --------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- scores
 
 
 def euclidean(query: Tensor, pool: Tensor) -> Score:
     """Scores in the order of the negative squared distance, scaled so that TIE means the same in every embedding.
 
     query (W, D), pool (P, D). The part that all pool items share, |query|^2, is left out; the mean of the pool is taken off
-    first, for the digits. A pool whose spread is all rounding (1e-4 of its norm) is one point, and all its items tie.
+    first, for the digits. Embeddings are rounded at the scale of their norm before that, so the norm has a part in the scale:
+    a pool whose spread is under 1e-4 of its norm is one point, and all its items tie.
     """
     middle, norm = pool.mean(0), pool.square().sum(1).mean()
     query, pool = query - middle, pool - middle
     lengths = pool.square().sum(1)  # (P,)
-    spread = lengths.mean()
-    scale = (query.square().sum(1) * spread).sqrt() + spread + 1e-8 * norm + 1e-30  # (W,)
+    unit = lengths.mean() + 1e-3 * norm + 1e-30
+    scale = (query.square().sum(1) * unit).sqrt() + unit  # (W,)
     return lambda rows: (query[rows] @ pool.T - lengths / 2) / scale[rows, None]
 
 
@@ -124,8 +124,8 @@ def cosine(query: Tensor, pool: Tensor) -> Score:
     return lambda rows: query[rows] @ pool.T
 
 
-def retrieval(query: Tensor, pool: Tensor, windows: Windows, score: Callable = euclidean, rows: np.ndarray | None = None) -> PerWindow:
-    """Every retrieval metric of queries (W, D) against the embeddings of `windows.outputs` (P, D), by `euclidean` or `cosine`."""
+def retrieval(query: Tensor, pool: Tensor, windows: Windows, score: Callable = euclidean, rows: Tensor | None = None) -> PerWindow:
+    """`rank` for queries (n, D) against the embeddings of `windows.outputs` (P, D), by `euclidean` distance or `cosine`."""
     query, pool = query.float(), pool.float()
     if not (query.isfinite().all() and pool.isfinite().all()):
         raise ValueError("embeddings hold nan or inf: there is nothing to rank")
@@ -145,7 +145,7 @@ def whitening(residuals: Tensor) -> Tensor:
     return ((axes * scale) @ axes.T).float()
 
 
-# 3 Floors: what no learning scores ---------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- floors: what no learning scores
 
 
 def raw_scores(windows: Windows, weights: tuple[int, int, int], overlap: Tensor) -> Score:
@@ -154,9 +154,9 @@ def raw_scores(windows: Windows, weights: tuple[int, int, int], overlap: Tensor)
     overlap (G, P) counts the cells in which two grids agree: the product of their one-hot vectors. As the weights of a query
     sum to 1, every centred product is a weighted sum of rows of `overlap` and of its means.
     """
-    index, w = torch.from_numpy(windows.index[:, :3]), torch.tensor(weights, dtype=torch.float32)
+    index, w = torch.from_numpy(windows.index[:, :3]), torch.tensor(weights, dtype=torch.float64)
     cells = torch.from_numpy(arc_data.pad(windows.grids)).flatten(1)[index]  # (W, 3, 900)
-    agree = torch.stack([(cells == cells[:, [role]]).sum(2) for role in range(3)], 1).float()  # (W, 3, 3)
+    agree = torch.stack([(cells == cells[:, [role]]).sum(2) for role in range(3)], 1).double()  # (W, 3, 3)
     mean = overlap.mean(1)  # (G,) product with the mean of the pool
     pool_mean, total = mean[windows.outputs], mean[windows.outputs].mean()
     pool_norm = (cells.shape[2] - 2 * pool_mean + total).clamp_min(1e-30).sqrt()  # (P,)
@@ -174,7 +174,7 @@ def cell_overlap(windows: Windows) -> Tensor:
     """In how many of the 900 padded cells each grid agrees with each output: (G, P), exact."""
     cells = torch.from_numpy(arc_data.pad(windows.grids)).flatten(1)
     pool = cells[windows.outputs]
-    return sum((cells == c).float() @ (pool == c).float().T for c in range(PAD + 1))
+    return sum((cells == c).float() @ (pool == c).float().T for c in range(PAD + 1)).double()  # as sums of rows cancel
 
 
 def features(grids: list[np.ndarray]) -> np.ndarray:
@@ -222,7 +222,7 @@ def embedding_rows(z: Tensor, windows: Windows, name: str) -> dict[str, PerWindo
     return {f"{query}, {name}": retrieval(queries(z, windows, weights), z[windows.outputs], windows) for query, weights in QUERIES.items()}
 
 
-# 4 Intervals -------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- intervals
 
 
 def interval(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -242,7 +242,7 @@ def difference(a: np.ndarray, b: np.ndarray, task: np.ndarray, draws: int = 1000
     return float(np.mean(a - b)), *interval(a - b, task, draws, seed)
 
 
-# 5 A model -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- a model
 
 
 def shuffle_context(windows: Windows, seed: int = 0) -> np.ndarray:
@@ -288,14 +288,11 @@ def effective_ranks(z_hat: Tensor, target: Tensor, seed: int = 0) -> dict[str, f
 @torch.no_grad()
 def quick(model, windows: Windows, limit: int = 1024, seed: int = 0) -> dict[str, float]:
     """Retrieval on a seeded sample of `limit` windows, against the whole pool; for a look during training."""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
-    pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
-    z_hat = model.predict(contexts(windows, rows)).float().cpu()
-    where = find_targets(windows)
-    target = pool[where.out2[rows]]
-    query = z_hat.new_zeros(len(windows.task), z_hat.shape[1])
-    query[rows] = z_hat
-    values = retrieval(query, pool, windows, rows=rows)
+    rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit]))
+    pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()  # (P, D)
+    z_hat = model.predict(contexts(windows, rows.numpy())).float().cpu()  # (limit, D)
+    target = pool[find_targets(windows).out2[rows]]
+    values = retrieval(z_hat, pool, windows, rows=rows)
     result = {name: float(values[name].mean()) for name in ("ndcg10", "ndcg10_without_out1", "r1", "within_task")}
     return result | {"prediction": float((z_hat - target).square().mean())} | effective_ranks(z_hat, target, seed)
 
@@ -366,6 +363,8 @@ def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[st
              codes_n           n
     """
     codes = np.asarray(codes)
+    if codes.shape[1] == 0:  # a model without codes
+        return dict.fromkeys(("codes_usage", "codes_perplexity", "codes_ceiling"), None) | {"codes_n": len(codes)}
     if len(codes) == 0 or codes.min() < 0 or codes.max() >= size:
         raise ValueError(f"codes must be at least one row of numbers from 0 to {size - 1}")
     counts = [np.bincount(column, minlength=size) for column in codes.T]
@@ -393,26 +392,61 @@ def code_ceiling(counts: np.ndarray, size: int) -> float:
     return math.exp(entropy(np.concatenate([heaviest[:own], even]) / np.sum(counts))) / size
 
 
-# 6 The command -------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- pictures
+
+PALETTE = np.array([[0, 0, 0], [0, 116, 217], [255, 65, 54], [46, 204, 64], [255, 220, 0], [170, 170, 170], [240, 18, 190],
+                    [255, 133, 27], [127, 219, 255], [135, 12, 37], [255, 255, 255]], np.uint8)  # ARC's colours; 10 is no cell
+
+
+def draw(grid: np.ndarray, side: int) -> np.ndarray:
+    """A grid as a (side, side, 3) picture in ARC's colours, its cells as large as they fit."""
+    cell = side // max(grid.shape)
+    picture = np.full((side, side), PAD)
+    large = np.kron(grid, np.ones((cell, cell), grid.dtype))
+    picture[:large.shape[0], :large.shape[1]] = large
+    return PALETTE[picture]
+
+
+@torch.no_grad()
+def picture(model, windows: Windows, rows: int = 6, top: int = 3, side: int = 90, seed: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8: a line a window, with in1, out1, in2, a gap, the truth, a gap, and the `top` outputs nearest to z_hat."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(windows.index))[:rows])
+    pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
+    near = windows.outputs[torch.cdist(model.predict(contexts(windows, chosen)).float().cpu(), pool).argsort(1)[:, :top].numpy()]
+    lines = []
+    for row, best in zip(chosen, near):
+        in1, out1, in2, truth = (draw(windows.grids[i], side) for i in windows.index[row])
+        gap = np.full((side, side // 6, 3), 200, np.uint8)
+        thin = gap[:, :4]
+        cells = [in1, thin, out1, thin, in2, gap, truth, gap] + [part for i in best for part in (draw(windows.grids[i], side), thin)]
+        lines += [np.concatenate(cells, 1), np.full((4, sum(cell.shape[1] for cell in cells), 3), 200, np.uint8)]
+    return np.concatenate(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the command
 
 
 def table(result: dict) -> str:
-    """The model over the floors: figures with their intervals, and the model's lead over each row."""
-    def line(name: str, means: dict, note) -> str:
-        return f"{name:28}" + "".join(f"{means[metric]:8.3f} {note(metric):22}" for metric in COMPARED).rstrip()
+    """The model with its intervals, and every floor with the model's lead over it."""
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:28}" + "  ".join(f"{cell:34}" for cell in cells).rstrip()
 
-    def lead(row: str) -> Callable[[str], str]:
-        return lambda metric: "lead {:+.3f} [{:+.3f}, {:+.3f}]".format(*result["lead"][row][metric])[5:]
-
-    lines = [f"{'':28}" + "".join(f"{metric:>20}{'':11}" for metric in COMPARED).rstrip()]
-    lines.append(line("z_hat [interval]", result, lambda metric: "[{:.3f}, {:.3f}]".format(*result["intervals"][metric])))
-    lines += [line(row, means, lead(row)) for row, means in result["floors"].items()]
+    lines = [line("", list(COMPARED)),
+             line("z_hat [95 %]", ["{:.3f} [{:.3f}, {:.3f}]".format(result[metric], *result["intervals"][metric]) for metric in COMPARED])]
+    for row, means in result["floors"].items():
+        lines.append(line(row, ["{:.3f} lead {:+.3f} [{:+.3f}, {:+.3f}]".format(means[metric], *result["lead"][row][metric]) for metric in COMPARED]))
     return "\n".join(lines)
 
 
 def eval_json(result: dict) -> dict:
     return {metric: {"model": result[metric], "floors": {row: means[metric] for row, means in result["floors"].items()},
                      "interval": result["intervals"][metric], "n": result["windows"]} for metric in COMPARED}
+
+
+def write_json(path: Path, value: dict) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)  # what was there stays whole until now
 
 
 class Parser(argparse.ArgumentParser):
@@ -423,17 +457,17 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="eval.py", description="Next-grid retrieval of a run's frozen encoder, beside what no learning scores.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="a folder that lejepa.py wrote")
-    parser.add_argument("--data", metavar="SOURCE", default=DEFAULT_DATA, help="tasks to evaluate on (default: %(default)s)")
+    parser.add_argument("--data", metavar="SOURCE", default=arc_data.REPORTED, help="tasks to evaluate on (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where eval.json goes (default: RUN)")
     args = parser.parse_args(argv)
     from lejepa import load_run
+    out = args.out or args.run
     try:
         model, _ = load_run(args.run)
         windows = arc_data.make_windows(arc_data.load_tasks(args.data))
-        result, _ = evaluate(model, windows)
-        out = args.out or args.run
         out.mkdir(parents=True, exist_ok=True)
-        (out / "eval.json").write_text(json.dumps(eval_json(result), indent=1) + "\n")
+        result, _ = evaluate(model, windows)
+        write_json(out / "eval.json", eval_json(result))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(table(result))

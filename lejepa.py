@@ -1,0 +1,931 @@
+"""LeJEPA for ARC: a world model of grids with discrete codes, in one file.
+
+Each object of a grid is quantised to a few codes; a grid is the set of its symbols (codes, box), which a transformer embeds
+as z. From the embeddings of (in1, out1, in2) a predictor says z of out2. Both are trained at once, by gradients into both:
+
+    loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
+
+SIGReg keeps the distribution of embeddings at N(0, I), so that nothing collapses. The same test on y, the numbers behind the
+codes, makes their Gaussian quantiles equally likely. There is no teacher, stop-gradient, queue, schedule of weights or codebook.
+
+    B windows in a batch   G grids   U distinct objects   R rows of L token slots   W width   D embedding width
+    V views   N samples of a view   M directions   T knots
+
+    python lejepa.py                              the default run: trains, evaluates on unseen tasks, leaves runs/<name>/
+    python lejepa.py --run runs/NAME --resume     goes on with a run that was interrupted
+    python lejepa.py --profile                    the training step under the profiler
+"""
+import argparse
+import copy
+import ctypes
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import arc_data
+import eval as evaluation
+from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable, Windows, make_windows
+
+# ------------------------------------------------------------------------------------------------------------ 1 Config
+
+
+class Size(NamedTuple):
+    """What grows with the machine; the method is the same in all."""
+    width: int
+    heads: int
+    encoder_layers: int
+    predictor_layers: int
+    hidden: int            # of projector and predictor head
+    dim: int               # D
+    directions: int        # M
+    steps: int
+    batch_size: int
+    lr: float
+
+
+SIZES = {"small": Size(128, 4, 2, 2, 512, 256, 512, 1500, 384, 1e-2),
+         "base": Size(384, 6, 6, 6, 2048, 512, 1024, 20000, 1536, 4e-3),
+         "large": Size(768, 12, 12, 8, 4096, 1024, 1024, 40000, 3072, 2e-3)}
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "arcagi2:training"     # SOURCE of training tasks: arcagi1:training, arcagi1:evaluation, arcagi2:training, arcagi2:evaluation, a folder of ID.json files or a JSON file {id: task}; several joined by commas
+    validate: str = None               # SOURCE of validation tasks, or dev: the training tasks whose sha1(id) mod 5 is 0 (default: arcagi1:evaluation; dev when --data is a path)
+    run: str = None                    # folder of the run's record (default: runs/<time>-<size>-<objective>)
+    size: str = None                   # small, base or large (default: base on a GPU, small without one)
+    steps: int = None                  # training steps (default: the size's own)
+    batch_size: int = None             # windows a step, in sixes: three pairs of a task give six (default: the size's own)
+    lr: float = None                   # peak learning rate (default: the size's own)
+    weight_decay: float = 0.05         # decoupled weight decay of matrices
+    lam: float = 0.1                   # weight of SIGReg; 1 - lam is the weight of the prediction
+    seed: int = 0                      # of weights, batches and directions
+    device: str = "auto"               # auto, cpu or cuda
+    dtype: str = "bf16"                # bf16 (autocast, fp32 weights) or fp32
+    compile: bool = None               # torch.compile the model's forward and backward (default: on a GPU only)
+    resume: bool = False               # continue the run in --run
+    profile: bool = False              # trace the training step into <run>/profile/ and stop
+    code: str = "gaussian"             # gaussian; for comparison: ema (the VQ-VAE codebook), none
+    objective: str = "lejepa"          # lejepa; for comparison: infonce
+
+
+CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
+           "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
+LIMITS = {"steps": (1, None), "batch_size": (12, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, None)}
+FREE_TO_CHANGE = ("run", "resume", "steps")            # flags that a resumed run may give anew
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):                     # one line, exit status 2
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_flags(argv: list[str] | None = None) -> Config:
+    """Config from the command line. A field's comment is its help text; what is not given falls to the size's default."""
+    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(prog="lejepa.py", description="Train LeJEPA with discrete codes on ARC and evaluate it on unseen tasks.", allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        flag, text = "--" + field.name.replace("_", "-"), helps[field.name]
+        if field.type is bool:
+            action = argparse.BooleanOptionalAction if field.name == "compile" else "store_true"
+            parser.add_argument(flag, action=action, default=field.default, help=text)
+        else:
+            shown = "" if field.default is None else f" (default: {field.default})"
+            parser.add_argument(flag, type=field.type, default=field.default, choices=CHOICES.get(field.name), help=text + shown,
+                                metavar=None if field.name in CHOICES else field.type.__name__.upper())
+    args = parser.parse_args(argv)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):    # also refuses nan
+            parser.error(f"--{name.replace('_', '-')} {value}: needs {'at least ' + str(low) if high is None else f'{low} to {high}'}")
+    if args.resume and args.run is None:
+        parser.error("--resume needs --run FOLDER, the run to continue")
+    if args.resume and args.profile:
+        parser.error("--profile would be ignored: with --resume the run goes on; profile in a folder of its own")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if args.code == "none" and args.objective == "infonce" and args.lam != Config.lam:
+        parser.error(f"--lam {args.lam} would be ignored: neither --code none nor --objective infonce has a SIGReg term")
+    return settle(args)
+
+
+def settle(args) -> Config:
+    """What `auto` and the defaults of the size stand for on this machine."""
+    values = dict(vars(args))
+    values["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    values["size"] = args.size or ("base" if values["device"] == "cuda" else "small")
+    for name in ("steps", "batch_size", "lr"):
+        if values[name] is None:
+            values[name] = getattr(SIZES[values["size"]], name)
+    if values["compile"] is None:
+        values["compile"] = values["device"] == "cuda"
+    if values["run"] is None:
+        values["run"] = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{values['size']}-{values['objective']}"
+    return Config(**values)
+
+
+# --------------------------------------------------------------------------------------------------------- 2 Objective
+
+KNOTS = 17                                             # t_k = k dt on [0, 3]: the published grid
+DT = 3 / (KNOTS - 1)
+SIGREG_NULL = 1.05246                                  # what SIGReg is on average for samples of N(0, I)
+
+
+def knots(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t_k (T,), the characteristic function of N(0, 1) there (T,), and it times the trapezoid weights (T,)."""
+    t = torch.arange(KNOTS, dtype=like.dtype, device=like.device) * DT
+    phi = torch.exp(-t.square() / 2)
+    weight = torch.full_like(t, 2 * DT)
+    weight[0] = weight[-1] = DT
+    return t, phi, weight * phi
+
+
+class EppsPulley(torch.autograd.Function):
+    """N * sum_k w_k phi_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V, N, M) -> (V, M).
+
+    The knots are equally spaced, so cos(t_k x) and sin(t_k x) follow from one cosine and one sine by angle addition, and the
+    gradient, a trigonometric sum in k, by Clenshaw's recurrence: O(N M) memory instead of O(T N M).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        t, phi, weight = knots(x)
+        cos1, sin1 = torch.cos(DT * x), torch.sin(DT * x)
+        twice = 2 * cos1
+        cos, sin, cos_before, sin_before = cos1, sin1, 1, 0
+        mean_cos, mean_sin = [], []                    # knot 0 adds nothing: cos 0 = phi_0 = 1
+        for k in range(1, KNOTS):
+            mean_cos.append(cos.mean(-2))
+            mean_sin.append(sin.mean(-2))
+            cos, cos_before = twice * cos - cos_before, cos
+            sin, sin_before = twice * sin - sin_before, sin
+        error_cos = torch.stack(mean_cos) - phi[1:, None, None]                    # (T - 1, V, M)
+        error_sin = torch.stack(mean_sin)
+        weight, t = weight[1:, None, None], t[1:, None, None]
+        ctx.save_for_backward(cos1, sin1, weight * t * error_sin, weight * t * error_cos)
+        return x.shape[-2] * (weight * (error_cos.square() + error_sin.square())).sum(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos1, sin1, of_cos, of_sin = ctx.saved_tensors                             # dx = 2 sum_k of_cos_k cos - of_sin_k sin
+        twice = 2 * cos1
+        a, a_before, b, b_before = 0, 0, 0, 0
+        for k in range(KNOTS - 2, -1, -1):
+            a, a_before = of_cos[k, :, None] + twice * a - a_before, a
+            b, b_before = of_sin[k, :, None] + twice * b - b_before, b
+        return 2 * grad[:, None] * (cos1 * a - a_before - sin1 * b)
+
+
+def sigreg(z: Tensor, directions: Tensor) -> Tensor:
+    """How far embeddings are from N(0, I): the Epps-Pulley statistic, averaged over random directions.
+
+    z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
+    directions  (D, M)               unit columns, drawn anew at every step
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed encoder
+
+    Half types are raised to fp32, whatever autocast says. Raises ValueError for a view of one sample or other shapes.
+    Source: arXiv:2511.08544 on the grid of its authors' code, mean over V and M; closed form and backward are ours.
+    """
+    if z.ndim not in (2, 3) or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
+        raise ValueError(f"sigreg takes z (V, N, D) or (N, D) and directions (D, M), not {tuple(z.shape)} and {tuple(directions.shape)}")
+    if z.shape[-2] < 2:
+        raise ValueError(f"sigreg tests a distribution: a view needs at least 2 samples, not {z.shape[-2]}")
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        x = z.view(-1, *z.shape[-2:]) @ directions.to(z.dtype)                     # (V, N, M)
+        return EppsPulley.apply(x).mean()
+
+
+def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
+    """(dim, count) unit columns, a function of seed and step alone; drawn on the CPU, so the same on every device."""
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    return F.normalize(torch.randn(dim, count, generator=generator), dim=0).to(cfg.device, non_blocking=True)
+
+
+class SquaredError(nn.Module):
+    """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role."""
+
+    def __init__(self, model):
+        super().__init__()
+
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
+        prediction = (z_hat - z[batch.index[:, 3]]).square().mean()
+        views = torch.stack([z[0::2], z[1::2]])        # (2, G / 2, D): inputs and outputs
+        return prediction, sigreg(views, directions)
+
+    def readout(self, z: Tensor) -> Tensor:
+        """What is compared at evaluation, by Euclidean distance."""
+        return z
+
+
+# ------------------------------------------------------------------------------------------------------------- 3 Model
+
+LEVELS = (4, 4, 4, 4, 3)                               # of the numbers behind one code
+CODE_SIZE = math.prod(LEVELS)                          # 768
+CODES = 4                                              # codes of a token: 38 bits
+
+
+def bin_means(levels: int) -> Tensor:
+    """(levels,) the mean of N(0, 1) inside each of `levels` equally likely bins."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    edges = normal.icdf(torch.linspace(0, 1, levels + 1, dtype=torch.float64))
+    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+    return ((density[:-1] - density[1:]) * levels).float()
+
+
+class GaussianCode(nn.Module):
+    """Gaussian quantiles: with y ~ N(0, I), which SIGReg sees to, every code is equally likely. Nothing to learn or collapse.
+
+    A number y becomes level floor(L * Phi(y)), read back as the mean of its bin; the gradient goes straight through to y.
+    Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        means = torch.zeros(len(LEVELS), max(LEVELS))
+        for row, levels in zip(means, LEVELS):
+            row[:levels] = bin_means(levels)
+        self.register_buffer("means", means.repeat(CODES, 1), persistent=False)                     # (m, levels)
+        self.register_buffer("levels", torch.tensor(LEVELS).repeat(CODES), persistent=False)        # (m,)
+        place = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
+        self.register_buffer("place", torch.tensor(place), persistent=False)
+
+    def level(self, y: Tensor) -> Tensor:
+        """(..., m) int64: the bin of each number. The level is clamped, not the probability: Phi may round to 1."""
+        return torch.minimum((self.levels * torch.special.ndtr(y)).long().clamp(min=0), self.levels - 1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(U, m) -> (U, m): the bin means, with the gradient of y."""
+        mean = self.means[torch.arange(len(self.levels), device=y.device), self.level(y)]
+        return y + (mean - y).detach()
+
+    def indices(self, y: Tensor) -> Tensor:
+        """(U, m) -> (U, n_codes) int64 in [0, 768)."""
+        return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.place).sum(-1)
+
+    def penalty(self, y: Tensor, directions: Tensor) -> Tensor:
+        """SIGReg of the numbers behind each code; y (N, m) of distinct objects, directions (5, M)."""
+        return sigreg(y.unflatten(-1, (CODES, len(LEVELS))).transpose(0, 1), directions)            # views (n_codes, N, 5)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (R, L, W); bias (R, 1, L, L), 0 where a slot may look and -inf where not."""
+        rows, slots, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                          # (R, heads, L, W / heads)
+        x = x + self.out(attended.transpose(1, 2).reshape(rows, slots, width))
+        return x + self.mlp(self.norm2(x))
+
+
+def head(inputs: int, size: Size) -> nn.Sequential:
+    """To an embedding: hidden BatchNorm, plain linear last; no normalisation and no ReLU after it."""
+    return nn.Sequential(nn.Linear(inputs, size.hidden), nn.BatchNorm1d(size.hidden), nn.GELU(), nn.Linear(size.hidden, size.dim))
+
+
+class ObjectHead(nn.Module):
+    """y: what an object is (bitmap, colour), as the numbers behind its codes. It sees no position and no other object."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bitmap = nn.Linear(8 * BYTES, width)
+        self.colour = nn.Embedding(10, width)
+        self.area = nn.Linear(1, width, bias=False)
+        self.whole = nn.Parameter(torch.zeros(width))
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
+        nn.init.normal_(self.colour.weight, std=0.5)
+        self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
+
+    def forward(self, grids: Grids) -> Tensor:
+        bits = ((grids.bits[:, :, None] >> self.shifts) & 1).flatten(1).float()                     # (U, 8 BYTES)
+        area = torch.log1p(bits.sum(1, keepdim=True)) / 3
+        x = self.bitmap(bits) + self.colour(grids.colour) + self.area(area) + grids.whole[:, None] * self.whole
+        return self.mlp(x).float()                                                                  # (U, m)
+
+
+class Encoder(nn.Module):
+    """Symbols (codes, box) of each grid, related by a transformer, pooled and projected to z."""
+
+    POOLS = 4
+
+    def __init__(self, size: Size, code: nn.Module):
+        super().__init__()
+        self.objects, self.code = ObjectHead(size.width), code
+        self.symbol = nn.Linear(CODES * len(LEVELS), size.width)
+        self.box = nn.Embedding(6 * (SIDE + 1), size.width)            # top, left, height, width, bottom, right
+        self.whole = nn.Parameter(torch.randn(size.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
+        self.norm = nn.LayerNorm(size.width)
+        self.projector = head(self.POOLS * size.width, size)
+        nn.init.normal_(self.box.weight, std=0.1)
+        self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
+
+    def forward(self, grids: Grids) -> tuple[Tensor, Tensor, Tensor]:
+        """z (G, D), the pooled tokens behind it (G, POOLS, W), and y (U, m)."""
+        y = self.objects(grids)
+        return *self.relate(self.code(y), grids), y
+
+    def relate(self, code: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+        """Everything after the code: a function of the symbols, code (U, m) and box, alone."""
+        edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)                 # (R, L, 6)
+        x = self.symbol(code)[grids.kind] + self.box(edges + self.tables).sum(-2) + grids.whole[grids.kind][..., None] * self.whole
+        same = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]                         # (R, 1, L, L)
+        bias = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)
+        for block in self.blocks:
+            x = block(x, bias)                                                                      # (R, L, W)
+        pools = self.pool(self.norm(x).float().flatten(0, 1), grids)
+        return self.projector(pools.flatten(1)).float(), pools
+
+    def pool(self, x: Tensor, grids: Grids) -> Tensor:
+        """x (R L, W) -> (G, POOLS, W): the whole-grid token, the mean, the sum over sqrt(count), the maximum of a grid's tokens."""
+        count, owner = len(grids.first), grids.grid.flatten()
+        total = x.new_zeros(count + 1, x.shape[1]).index_add(0, owner, x)[:count]                   # row G takes the empty slots
+        highest = x.new_full((count + 1, x.shape[1]), -1e4).scatter_reduce(0, owner[:, None].expand_as(x), x, "amax")[:count]
+        tokens = grids.count[:, None].float()
+        return torch.stack([x[grids.first], total / tokens, total / tokens.sqrt() / 2, highest], 1)
+
+
+class Predictor(nn.Module):
+    """z_hat of the fourth grid from three: a correction, by a transformer over their tokens, of the analogy out1 + in2 - in1."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.role = nn.Parameter(torch.randn(3, Encoder.POOLS, size.width) * 0.1)
+        self.pools = nn.ModuleList(nn.Linear(size.width, size.width) for _ in range(Encoder.POOLS))
+        self.query = nn.Linear(3 * size.dim, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.predictor_layers))
+        self.norm = nn.LayerNorm(size.width)
+        self.head = head(size.width, size)
+        nn.init.zeros_(self.head[-1].weight)                           # training starts from the analogy
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, z: Tensor, pools: Tensor, context: Tensor) -> Tensor:
+        """z (G, D), pools (G, POOLS, W), context (B, 3) positions of in1, out1, in2 -> z_hat (B, D)."""
+        tokens = torch.stack([linear(pools[:, i]) for i, linear in enumerate(self.pools)], 1)       # (G, POOLS, W)
+        x = (tokens[context] + self.role).flatten(1, 2)                                             # (B, 3 POOLS, W)
+        x = torch.cat([self.query(z[context].flatten(1))[:, None], x], 1)
+        for block in self.blocks:
+            x = block(x)
+        in1, out1, in2 = z[context].unbind(1)
+        return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()
+
+
+class LeJEPA(nn.Module):
+    """Encoder and predictor. In training: forward. Frozen: embed, codes and predict, on lists of grids, in fp32."""
+
+    CHUNK = 512                                        # grids encoded, and windows predicted, at a time
+
+    def __init__(self, size: Size, code: nn.Module, objective):
+        super().__init__()
+        self.encoder, self.predictor = Encoder(size, code), Predictor(size)
+        self.objective = objective(self)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
+        z, pools, y = self.encoder(batch.grids)
+        return z, self.predictor(z, pools, batch.index[:, :3]), y
+
+    @property
+    def device(self):
+        return self.predictor.role.device
+
+    def _chunks(self, grids):
+        table = TokenTable(grids, self.device, turned=False)
+        for first in range(0, len(grids), self.CHUNK):
+            yield table.gather(np.arange(first, min(first + self.CHUNK, len(grids))))
+
+    @torch.no_grad()
+    def embed(self, grids: list) -> Tensor:
+        """z (len(grids), D) of 2-D integer arrays."""
+        return self.objective.readout(torch.cat([self.encoder(chunk)[0] for chunk in self._chunks(grids)]))
+
+    @torch.no_grad()
+    def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
+        """For each grid codes (n, n_codes) int64 and boxes (n, 4) int64: top, left, height, width; item 0 is the whole grid."""
+        found = []
+        for chunk in self._chunks(grids):
+            codes = self.encoder.code.indices(self.encoder.objects(chunk))[chunk.kind].flatten(0, 1).cpu()
+            boxes = chunk.box.flatten(0, 1).cpu()
+            for first, count in zip(chunk.first.tolist(), chunk.count.tolist()):
+                found.append((codes[first:first + count], boxes[first:first + count]))
+        return found
+
+    @torch.no_grad()
+    def predict(self, contexts: list) -> Tensor:
+        """z_hat (len(contexts), D) of (in1, out1, in2) triples. Each distinct grid is encoded once."""
+        place, grids = {}, []
+        for grid in (grid for context in contexts for grid in context):
+            if place.setdefault((grid.shape, grid.tobytes()), len(grids)) == len(grids):
+                grids.append(grid)
+        index = torch.tensor([[place[grid.shape, grid.tobytes()] for grid in context] for context in contexts], device=self.device)
+        z, pools, _ = (torch.cat(part) for part in zip(*(self.encoder(chunk) for chunk in self._chunks(grids))))
+        return self.objective.readout(torch.cat([self.predictor(z, pools, rows) for rows in index.split(self.CHUNK)]))
+
+
+# --------------------------------------------------------------------------------------------------------- 4 Optimizer
+
+WARMUP = 50                                            # steps to the peak learning rate; a cosine to 0 follows
+CLIP = 10.0                                            # gradient norm above which a step is scaled down
+
+
+def make_optimizers(model: nn.Module, cfg: Config) -> list:
+    """Muon for the matrices, AdamW for embeddings, biases and gains, at one learning rate: Muon's is scaled to AdamW's RMS."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_matrix = lambda name, p: p.ndim == 2 and not re.search(r"colour|box|role", name)
+    matrices = [p for name, p in trained if is_matrix(name, p)]
+    others = [p for name, p in trained if not is_matrix(name, p)]
+    return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    return cfg.lr * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------- 5 Training
+
+
+def losses(model, forward, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and its terms. Directions are drawn anew at each step; SIGReg stays outside autocast."""
+    size = SIZES[cfg.size]
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
+        z, z_hat, y = forward(batch)
+    prediction, of_z = model.objective(model, z, z_hat, batch, draw_directions(size.dim, size.directions, cfg, step))
+    of_codes = model.encoder.code.penalty(y[batch.objects], draw_directions(len(LEVELS), size.directions, cfg, step))
+    regulariser = (of_z + of_codes) / 2
+    loss = (1 - cfg.lam) * prediction + cfg.lam * regulariser
+    return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_codes": of_codes}
+
+
+def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
+    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors on the device and waits for nothing.
+
+    `forward` is the model or its compiled form.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+    loss, terms = losses(model, forward, batch, step, cfg)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)     # as it was before clipping
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: value.detach() for name, value in {"loss": loss, **terms, "grad_norm": grad_norm}.items()}
+
+
+def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: int = 0) -> int:
+    """Trains to cfg.steps, or to the step in which a signal asked for the end. Returns the number of steps taken."""
+    forward = torch.compile(model, dynamic=True) if cfg.compile else model
+    model.train()
+    for step in range(start, cfg.steps):
+        batch = data.batch(cfg.batch_size, cfg.seed, step)             # a function of seed and step alone, so a run can resume
+        metrics = train_step(model, forward, optimizers, batch, step, cfg)
+        done = step + 1
+        log.count(metrics, len(batch.index))
+        look = done % look_every(cfg) == 0 or done == cfg.steps
+        if look or done % LOG_EVERY == 0:
+            log.write(done, metrics, log.look(done, model) if look else {})    # the only line that waits for the device
+        if look or log.stop:
+            save(Path(cfg.run), model, optimizers, done, cfg, log.state())
+        if log.stop:
+            return done
+    return cfg.steps
+
+
+# ------------------------------------------------------------------------------------------------------------ 6 Record
+
+LOG_EVERY = 10
+NULL_STEPS = 100                                       # training SIGReg is averaged over the last of these
+TRAINING_LOOK = 100                                    # training tasks that each look is also taken at, beside the unseen ones
+DIFFERENT = "the run in {} was made with --{} {}; to go on with it give the same, or train in another --run folder"
+
+
+def look_every(cfg: Config) -> int:
+    """Steps between two looks at unseen tasks, with a checkpoint each: 100, or a twentieth of the run."""
+    return max(100, cfg.steps // 20)
+
+
+class RunLog:
+    """The record of a run: one line for the eye, the same in log.jsonl and TensorBoard, figures on unseen tasks, result.json."""
+
+    def __init__(self, cfg: Config, tasks: dict, held_out: dict, windows: int, start: int = 0, state: dict | None = None):
+        from torch.utils.tensorboard import SummaryWriter              # slow to import, and only a run needs it
+        self.cfg, self.folder, self.start, self.stop = cfg, Path(cfg.run), start, 0
+        self.unseen, self.epoch = make_windows(held_out), windows
+        self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
+        self.held_out = TaskSet(held_out, cfg.device, augment=False)
+        self.objects = TokenTable(self.unseen.grids, cfg.device, turned=False).gather(np.arange(len(self.unseen.grids)))
+        self.sigregs, self.looking, self.begin = deque(maxlen=NULL_STEPS), 0.0, time.monotonic()
+        self.last = {"windows": 0, "seconds": 0.0} | (state or {})
+        self.windows, self.mark = self.last["windows"], (self.last["windows"], time.monotonic())
+        if start:
+            keep = [line for line in (self.folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+            write_whole(self.folder / "log.jsonl", "".join(line + "\n" for line in keep).encode())
+        self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
+        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
+
+    def state(self) -> dict:
+        """What a resumed run needs to count on from here."""
+        return {"windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs]}
+
+    def seconds(self) -> float:
+        return self.last["seconds"] + time.monotonic() - self.begin
+
+    def count(self, metrics: dict, windows: int):
+        self.sigregs.append(metrics["sigreg_z"])
+        self.windows += windows
+
+    def write(self, step: int, metrics: dict, figures: dict):
+        """One line for the eye and one for programs. Ends the run if a term is not a number."""
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise SystemExit(f"not a number at step {step} ({terms}); the last checkpoint in {self.folder} is whole")
+        windows, since = self.mark
+        rate = (self.windows - windows) / (time.monotonic() - since - self.looking)
+        self.mark, self.looking = (self.windows, time.monotonic()), 0.0
+        row = {"step": step, **values, "lr": learning_rate(self.cfg, step - 1), "samples_per_s": rate, "seconds": self.seconds(), **figures}
+        self.lines.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, step)
+        left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
+        print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}  prediction {values['prediction']:.4f}"
+              f"  sigreg {values['sigreg']:.3f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left", flush=True)
+        if figures:
+            print("      unseen tasks:", "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None), flush=True)
+
+    @torch.no_grad()
+    def look(self, step: int, model) -> dict:
+        """Figures on unseen tasks, and on some training tasks beside them (prefixed train_)."""
+        begin = time.monotonic()
+        model.eval()
+        figures = evaluation.quick(model, self.unseen)
+        figures = {("validation_" if name == "prediction" else "") + name: value for name, value in figures.items()}
+        figures |= {"train_" + name: value for name, value in evaluation.quick(model, self.seen).items() if name in ("ndcg10_without_out1", "within_task")}
+        figures["validation_loss"] = float(self.validation_loss(model))
+        codes, kind = self.code_indices(model)
+        figures |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
+        for position, column in enumerate(codes.T):
+            self.board.add_histogram(f"codes/{position}", column, step, bins=64)
+        self.board.add_image("unseen windows", evaluation.picture(model, self.unseen), step, dataformats="HWC")
+        model.train()
+        self.looking += time.monotonic() - begin
+        return figures
+
+    def validation_loss(self, model) -> Tensor:
+        """Mean training loss of four fixed batches of unseen tasks."""
+        batches = [self.held_out.batch(self.cfg.batch_size, 0, i) for i in range(4)]
+        return torch.stack([losses(model, model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]).mean()
+
+    def code_indices(self, model) -> tuple[Tensor, Tensor]:
+        """Codes (n, n_codes) of every object of the validation grids, and which distinct object (n,) it is."""
+        kind = self.objects.kind[self.objects.grid < len(self.objects.first)]
+        return model.encoder.code.indices(model.encoder.objects(self.objects))[kind].cpu(), kind.cpu()
+
+    @torch.no_grad()
+    def finish(self, model, untrained, steps: int) -> dict:
+        """The evaluation of the run's end, as result.json and as a block of lines."""
+        model.eval()
+        index = np.random.default_rng(0).permutation(len(self.seen.index))[:2048]
+        z_hat = model.predict(evaluation.contexts(self.seen, index))
+        residuals = model.embed([self.seen.grids[i] for i in self.seen.index[index, 3]]) - z_hat
+        result, _ = evaluation.evaluate(model, self.unseen, untrained=untrained, residuals=residuals)
+        codes, kind = self.code_indices(model)
+        rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        result |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
+        result |= {"sigreg_over_null": float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL,
+                   "sigreg_n": self.cfg.batch_size // 2, "loss": float(self.validation_loss(model)),
+                   "validation_windows": len(self.unseen.index), "steps": steps, "windows": self.windows, "epochs": self.windows / self.epoch,
+                   "grad_norm_mean": float(np.mean([row["grad_norm"] for row in rows])), "grad_norm_max": max(row["grad_norm"] for row in rows),
+                   "seconds": self.seconds(), "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
+                   "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": describe_device(self.cfg.device)}
+        write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        print(evaluation.table(result) + "\n")
+        for name, value in result.items():
+            if not isinstance(value, dict):
+                print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        return result
+
+
+def describe_device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes a file so that at every moment either the old or the new one is there, whole."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(folder: Path, model, optimizers, step: int, cfg: Config, state: dict):
+    """last.safetensors: weights, optimizer, random state, step. The one before it stays as previous.safetensors."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for p, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{p}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors["random"] = torch.get_rng_state()
+    metadata = {"step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
+    content = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
+    last = folder / "last.safetensors"
+    if last.exists():
+        last.replace(folder / "previous.safetensors")
+    write_whole(last, content)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of last.safetensors; of previous.safetensors, with a line, if that cannot be read."""
+    problems = []
+    for name in ("last", "previous"):
+        path = folder / f"{name}.safetensors"
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+            found = {"step": int(metadata["step"]), "config": json.loads(metadata["config"]), "state": json.loads(metadata["state"])}
+            if problems:
+                print(f"{problems[0]}; going on from {path}, step {found['step']}", file=sys.stderr)
+            return tensors, found
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            problems.append(f"{path}: {error}")
+    raise ValueError(f"no checkpoint that can be read: {'; '.join(problems)}")
+
+
+def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
+    """Loads the run's checkpoint. Returns its step and what its log counted. ValueError names a flag that has changed."""
+    tensors, found = read_checkpoint(Path(cfg.run))
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    for name, value in found["config"].items():
+        if name not in FREE_TO_CHANGE and now.get(name) != value:
+            raise ValueError(DIFFERENT.format(cfg.run, name.replace("_", "-"), value))
+    if found["config"]["steps"] != cfg.steps:
+        print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here", file=sys.stderr)
+    load_weights(model, tensors)
+    for i, optimizer in enumerate(optimizers):
+        states = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                _, _, p, part = name.split(".")
+                states.setdefault(int(p), {})[part] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random"])
+    return found["step"], found["state"]
+
+
+def load_weights(model, tensors: dict[str, Tensor]):
+    try:
+        model.load_state_dict({name[len("model."):]: value for name, value in tensors.items() if name.startswith("model.")})
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit this version of the model: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_run(path) -> tuple["LeJEPA", Config]:
+    """The model of a run's folder with the weights of last.safetensors, frozen, in eval mode, on the CPU; and its Config."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no such folder; give the folder of a run that lejepa.py wrote")
+    tensors, found = read_checkpoint(Path(path))
+    cfg = Config(**found["config"])
+    model = build(cfg)
+    load_weights(model, tensors)
+    return model.eval().requires_grad_(False), cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method ends here. What follows is kept for comparison.
+# ---------------------------------------------------------------------------------------------------------- 7 Variants
+
+
+class NoCode(nn.Module):
+    """No bottleneck: y goes on as it is, and is not regularised."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y
+
+    def indices(self, y: Tensor) -> Tensor:
+        return torch.zeros(len(y), 0, dtype=torch.int64, device=y.device)
+
+    def penalty(self, y: Tensor, directions: Tensor) -> Tensor:
+        return y.new_zeros(())
+
+
+class EMACode(nn.Module):
+    """The ordinary VQ-VAE codebook: nearest of 768 vectors, which follow their members by a moving average.
+
+    As many codes a token as the method's own, each with a codebook over five numbers. The first batch supplies the vectors
+    (data start). It sees distinct objects only, so no padding; it stands still in evaluation and is no parameter.
+    Source: van den Oord et al., arXiv:1711.00937, appendix A.1. Commitment 0.25, EMA 0.99.
+    """
+    COMMITMENT, DECAY = 0.25, 0.99
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
+        self.register_buffer("members", torch.ones(CODES, CODE_SIZE))
+        self.register_buffer("total", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    @staticmethod
+    def split(y: Tensor) -> Tensor:
+        return y.detach().float().unflatten(-1, (CODES, len(LEVELS))).transpose(0, 1)               # (n_codes, U, 5)
+
+    def nearest(self, y: Tensor) -> Tensor:
+        return torch.cdist(self.split(y), self.vectors).argmin(-1)                                  # (n_codes, U)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and not self.started:
+            rows = torch.linspace(0, len(y) - 1, CODE_SIZE, device=y.device).long()
+            self.vectors.copy_(self.split(y)[:, rows])
+            self.total.copy_(self.vectors)
+            self.started.fill_(True)
+        chosen = self.nearest(y)
+        mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
+        if self.training:
+            self.follow(y, chosen)
+        return y + (mean - y).detach()
+
+    @torch.no_grad()
+    def follow(self, y: Tensor, chosen: Tensor):
+        one_hot = F.one_hot(chosen, CODE_SIZE).float().transpose(1, 2)                              # (n_codes, 768, U)
+        self.members.lerp_(one_hot.sum(-1), 1 - self.DECAY)
+        self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)
+        self.vectors.copy_(self.total / self.members.clamp(min=1e-5)[..., None])
+
+    def indices(self, y: Tensor) -> Tensor:
+        return self.nearest(y).T
+
+    def penalty(self, y: Tensor, directions: Tensor) -> Tensor:
+        """Commitment: the squared distance of y to its vector, at weight 0.25 in the loss; `losses` gives it lam / 2."""
+        chosen = self.nearest(y)
+        mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
+        return self.COMMITMENT * (y - mean).square().mean()
+
+
+class InfoNCE(nn.Module):
+    """Contrastive prediction: z_hat must pick its target among the batch's outputs and a queue of 8192 earlier ones.
+
+    Targets come from a moving average (0.99) of the encoder; the temperature is learned inside [0.05, 0.20]; embeddings are
+    compared by cosine, so they are normalised at evaluation too. Sources: arXiv:1807.03748 (loss), 1911.05722 (queue, average).
+    """
+    QUEUE, DECAY, COLDEST, WARMEST = 8192, 0.99, 0.05, 0.20
+
+    def __init__(self, model):
+        super().__init__()
+        self.target = copy.deepcopy(model.encoder).requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
+        self.register_buffer("queue", torch.zeros(self.QUEUE, model.encoder.projector[-1].out_features))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def targets(self, model, batch: Batch) -> Tensor:
+        """Normalised embeddings (G / 2, D) of the batch's outputs by the averaged encoder."""
+        if self.training:
+            for mean, now in zip(self.target.parameters(), model.encoder.parameters()):
+                mean.lerp_(now, 1 - self.DECAY)
+        return F.normalize(self.target(batch.grids)[0][1::2].float(), dim=-1)
+
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
+        keys = self.targets(model, batch)
+        count = int(self.filled.clamp(max=self.QUEUE))
+        temperature = self.log_temperature.exp().clamp(self.COLDEST, self.WARMEST)
+        logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue[:count]]).T / temperature
+        if self.training:
+            places = (self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE
+            self.queue[places] = keys
+            self.filled += len(keys)
+        return F.cross_entropy(logits, batch.index[:, 3] // 2), z.new_zeros(())
+
+    def readout(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)
+
+
+METHODS = {"gaussian": GaussianCode, "ema": EMACode, "none": NoCode, "lejepa": SquaredError, "infonce": InfoNCE}
+
+
+def build(cfg: Config) -> LeJEPA:
+    """The model of a Config with its seed's weights, on the CPU."""
+    torch.manual_seed(cfg.seed)
+    return LeJEPA(SIZES[cfg.size], METHODS[cfg.code](), METHODS[cfg.objective])
+
+
+# ------------------------------------------------------------------------------------------------------------- 8 Entry
+
+
+def keep_large_blocks():
+    """Tells glibc to keep freed blocks: the kernel would zero fresh pages at every step. Elsewhere it does nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option in (-1, -3):                            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(option, 1 << 30)
+
+
+def open_folder(cfg: Config):
+    """Makes the run's folder and its config.json. A folder with anything in it is never used again without --resume."""
+    folder = Path(cfg.run)
+    if cfg.resume and not folder.is_dir():
+        raise ValueError(f"--resume: there is no folder {cfg.run}")
+    if not cfg.resume and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--run {cfg.run} is not empty; add --resume to go on with it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        record = dataclasses.asdict(cfg) | SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
+        record |= {"command": " ".join(["python", *sys.argv]), "commit": commit.stdout.strip(), "device_name": describe_device(cfg.device),
+                   "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_whole(folder / "config.json", json.dumps(record, indent=1).encode())
+
+
+def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps: int = 3):
+    """Runs the training step under torch.profiler; a trace for TensorBoard and Perfetto in <run>/profile/, a table on the screen."""
+    forward = torch.compile(model, dynamic=True) if cfg.compile else model
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (cfg.device == "cuda")
+    model.train()
+    with torch.profiler.profile(activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=warm, active=steps), record_shapes=True,
+                                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(Path(cfg.run) / "profile")), profile_memory=True) as profiler:
+        for step in range(warm + steps):
+            train_step(model, forward, optimizers, data.batch(cfg.batch_size, cfg.seed, step), step, cfg)
+            profiler.step()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total" if cfg.device == "cpu" else "self_cuda_time_total", row_limit=15))
+    print(f"trace: {Path(cfg.run) / 'profile'}; open it with: tensorboard --logdir {cfg.run}, or in Perfetto")
+
+
+def run(cfg: Config) -> int:
+    begin = time.monotonic()
+    open_folder(cfg)
+    tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
+    data = TaskSet(tasks, cfg.device)
+    print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
+          f"{len(held_out)} validation tasks; {int((data.table.cut > 0).sum())} of {len(data.table.cut)} training grids cut at "
+          f"{arc_data.OBJECTS} objects ({int(data.table.cut.sum())} objects)", flush=True)
+    model = build(cfg).to(cfg.device)
+    optimizers = make_optimizers(model, cfg)
+    if cfg.profile:
+        profile(model, optimizers, data, cfg)
+        return 0
+    start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
+    log = RunLog(cfg, tasks, held_out, data.windows, start, state)
+    log.begin = begin
+
+    def ask_to_stop(number, frame):                    # the step in hand is finished; a second signal leaves at once
+        log.stop = number
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, signal.SIG_DFL)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, ask_to_stop)
+    steps = train(model, optimizers, data, log, cfg, start)
+    if log.stop:
+        print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
+        return 128 + log.stop
+    log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+    return 0
+
+
+def main():
+    keep_large_blocks()
+    cfg = parse_flags()
+    try:
+        sys.exit(run(cfg))
+    except (ValueError, OSError) as error:
+        print(f"lejepa.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
