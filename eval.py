@@ -423,6 +423,54 @@ def picture(model, windows: Windows, rows: int = 6, top: int = 3, side: int = 90
     return np.concatenate(lines)
 
 
+# The recorded `production` run of arc-jepa-rl (2025-12; InfoNCE, VQ codebook, 20+ hyper-parameters): step, rank of context
+# and of target, share of codes used.
+RECORDED = {"step": (100, 1000, 3000, 5000, 7600), "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
+            "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336)}
+
+
+def plot_run(folder: Path) -> Path:
+    """result.png of a run's folder: retrieval against the floors, loss, and health over training beside a recorded failure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    result = json.loads((folder / "result.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    looks = [row for row in log if row.get("effective_rank_target") is not None]
+    figure, (bars, curves, ranks, usage) = pyplot.subplots(1, 4, figsize=(19, 4.6), width_ratios=(1.5, 1, 1, 1), layout="constrained")
+    _plot_retrieval(bars, result)
+    for name, label in (("ndcg10_without_out1", "unseen tasks"), ("train_ndcg10_without_out1", "training tasks")):
+        curves.plot([row["step"] for row in looks], [row[name] for row in looks], label=label)
+    curves.axhline(result["floor_ndcg10_without_out1"], color="grey", linestyle=":", label="best no-learning row, unseen")
+    curves.set(xlabel="step", ylabel="nDCG@10 without out1", title="retrieval by z_hat over training")
+    for axis, names, title in ((ranks, ("effective_rank_context", "effective_rank_target"), "effective rank"), (usage, ("codes_usage",), "share of codes used")):
+        for name, colour in zip(names, ("tab:blue", "tab:orange")):
+            label = name.replace("effective_rank_", "").replace("codes_usage", "codes")
+            if looks[-1][name] is not None:
+                axis.plot(np.array([row["step"] for row in looks]) / looks[-1]["step"], [row[name] for row in looks], color=colour, label=label)
+            axis.plot(np.array(RECORDED["step"]) / RECORDED["step"][-1], RECORDED[name], color=colour, linestyle=":", marker="o", markersize=3,
+                      label=f"{label}, arc-jepa-rl 'production'")
+        axis.set(xlabel="share of the run", title=title, ylabel=title, ylim=(0, 1.05 if axis is usage else None))
+    for axis in (curves, ranks, usage):
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "result.png", dpi=80)
+    pyplot.close(figure)
+    return folder / "result.png"
+
+
+def _plot_retrieval(axis, result: dict):
+    """Bars of nDCG@10 without out1, the model's with its interval, the floors below it."""
+    metric = "ndcg10_without_out1"
+    rows = {"z_hat": result[metric]} | {name: values[metric] for name, values in result["floors"].items()}
+    names = list(rows)[::-1]
+    low, high = result["intervals"][metric]
+    axis.barh(names, [rows[name] for name in names], color=["tab:blue" if name == "z_hat" else "lightgrey" for name in names])
+    axis.errorbar(rows["z_hat"], "z_hat", xerr=[[rows["z_hat"] - low], [high - rows["z_hat"]]], color="black", capsize=3)
+    for name, value in rows.items():
+        axis.text(0.01, name, f"{value:.3f}", va="center", fontsize=8)
+    axis.set(xlabel="nDCG@10 without out1, unseen tasks", title=f"next-grid retrieval, {result['validation_windows']} windows", xlim=(0, 1))
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 

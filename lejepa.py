@@ -53,6 +53,7 @@ class Size(NamedTuple):
     heads: int
     encoder_layers: int
     predictor_layers: int
+    pooled: int            # width of a token when it is pooled
     hidden: int            # of projector and predictor head
     dim: int               # D
     directions: int        # M
@@ -61,9 +62,9 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 256, 512, 1500, 384, 1e-2),
-         "base": Size(384, 6, 6, 6, 2048, 512, 1024, 20000, 1536, 4e-3),
-         "large": Size(768, 12, 12, 8, 4096, 1024, 1024, 40000, 3072, 2e-3)}
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 512, 1500, 384, 6e-3),
+         "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 20000, 1536, 4e-3),
+         "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 40000, 3072, 2e-3)}
 
 
 @dataclass(frozen=True)
@@ -333,8 +334,6 @@ class ObjectHead(nn.Module):
 class Encoder(nn.Module):
     """Symbols (codes, box) of each grid, related by a transformer, pooled and projected to z."""
 
-    POOLS = 4
-
     def __init__(self, size: Size, code: nn.Module):
         super().__init__()
         self.objects, self.code = ObjectHead(size.width), code
@@ -342,17 +341,17 @@ class Encoder(nn.Module):
         self.box = nn.Embedding(6 * (SIDE + 1), size.width)            # top, left, height, width, bottom, right
         self.whole = nn.Parameter(torch.randn(size.width) * 0.02)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
-        self.norm = nn.LayerNorm(size.width)
-        self.projector = head(self.POOLS * size.width, size)
+        self.widen = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, size.pooled), nn.GELU())
+        self.projector = head(4 * size.pooled, size)
         nn.init.normal_(self.box.weight, std=0.1)
         self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
 
-    def forward(self, grids: Grids) -> tuple[Tensor, Tensor, Tensor]:
-        """z (G, D), the pooled tokens behind it (G, POOLS, W), and y (U, m)."""
+    def forward(self, grids: Grids) -> tuple[Tensor, Tensor]:
+        """z (G, D) of grids, and y (U, m), the numbers behind the codes of their distinct objects."""
         y = self.objects(grids)
-        return *self.relate(self.code(y), grids), y
+        return self.relate(self.code(y), grids), y
 
-    def relate(self, code: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+    def relate(self, code: Tensor, grids: Grids) -> Tensor:
         """Everything after the code: a function of the symbols, code (U, m) and box, alone."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)                 # (R, L, 6)
         x = self.symbol(code)[grids.kind] + self.box(edges + self.tables).sum(-2) + grids.whole[grids.kind][..., None] * self.whole
@@ -360,40 +359,36 @@ class Encoder(nn.Module):
         bias = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)
         for block in self.blocks:
             x = block(x, bias)                                                                      # (R, L, W)
-        pools = self.pool(self.norm(x).float().flatten(0, 1), grids)
-        return self.projector(pools.flatten(1)).float(), pools
+        return self.projector(self.pool(self.widen(x).float().flatten(0, 1), grids)).float()        # (G, D)
 
     def pool(self, x: Tensor, grids: Grids) -> Tensor:
-        """x (R L, W) -> (G, POOLS, W): the whole-grid token, the mean, the sum over sqrt(count), the maximum of a grid's tokens."""
+        """x (R L, P) -> (G, 4 P): the whole-grid token, the mean, the sum over sqrt(count), the maximum of a grid's tokens."""
         count, owner = len(grids.first), grids.grid.flatten()
         total = x.new_zeros(count + 1, x.shape[1]).index_add(0, owner, x)[:count]                   # row G takes the empty slots
         highest = x.new_full((count + 1, x.shape[1]), -1e4).scatter_reduce(0, owner[:, None].expand_as(x), x, "amax")[:count]
         tokens = grids.count[:, None].float()
-        return torch.stack([x[grids.first], total / tokens, total / tokens.sqrt() / 2, highest], 1)
+        return torch.cat([x[grids.first], total / tokens, total / tokens.sqrt() / 2, highest], 1)
 
 
 class Predictor(nn.Module):
-    """z_hat of the fourth grid from three: a correction, by a transformer over their tokens, of the analogy out1 + in2 - in1."""
+    """z_hat of the fourth grid from z of three: the analogy out1 + in2 - in1, corrected by a transformer over the three."""
 
     def __init__(self, size: Size):
         super().__init__()
-        self.role = nn.Parameter(torch.randn(3, Encoder.POOLS, size.width) * 0.1)
-        self.pools = nn.ModuleList(nn.Linear(size.width, size.width) for _ in range(Encoder.POOLS))
-        self.query = nn.Linear(3 * size.dim, size.width)
+        self.role = nn.Parameter(torch.randn(3, size.width) * 0.1)
+        self.token, self.query = nn.Linear(size.dim, size.width), nn.Linear(3 * size.dim, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.predictor_layers))
         self.norm = nn.LayerNorm(size.width)
         self.head = head(size.width, size)
         nn.init.zeros_(self.head[-1].weight)                           # training starts from the analogy
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self, z: Tensor, pools: Tensor, context: Tensor) -> Tensor:
-        """z (G, D), pools (G, POOLS, W), context (B, 3) positions of in1, out1, in2 -> z_hat (B, D)."""
-        tokens = torch.stack([linear(pools[:, i]) for i, linear in enumerate(self.pools)], 1)       # (G, POOLS, W)
-        x = (tokens[context] + self.role).flatten(1, 2)                                             # (B, 3 POOLS, W)
-        x = torch.cat([self.query(z[context].flatten(1))[:, None], x], 1)
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, 3, D) of in1, out1, in2 -> z_hat (B, D)."""
+        x = torch.cat([self.query(z.flatten(1))[:, None], self.token(z) + self.role], 1)            # (B, 4, W)
         for block in self.blocks:
             x = block(x)
-        in1, out1, in2 = z[context].unbind(1)
+        in1, out1, in2 = z.unbind(1)
         return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()
 
 
@@ -409,8 +404,8 @@ class LeJEPA(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
-        z, pools, y = self.encoder(batch.grids)
-        return z, self.predictor(z, pools, batch.index[:, :3]), y
+        z, y = self.encoder(batch.grids)
+        return z, self.predictor(z[batch.index[:, :3]]), y
 
     @property
     def device(self):
@@ -445,8 +440,8 @@ class LeJEPA(nn.Module):
             if place.setdefault((grid.shape, grid.tobytes()), len(grids)) == len(grids):
                 grids.append(grid)
         index = torch.tensor([[place[grid.shape, grid.tobytes()] for grid in context] for context in contexts], device=self.device)
-        z, pools, _ = (torch.cat(part) for part in zip(*(self.encoder(chunk) for chunk in self._chunks(grids))))
-        return self.objective.readout(torch.cat([self.predictor(z, pools, rows) for rows in index.split(self.CHUNK)]))
+        z = torch.cat([self.encoder(chunk)[0] for chunk in self._chunks(grids)])
+        return self.objective.readout(torch.cat([self.predictor(z[rows]) for rows in index.split(self.CHUNK)]))
 
 
 # --------------------------------------------------------------------------------------------------------- 4 Optimizer

@@ -1,0 +1,518 @@
+"""Claims of arc_data.py, each against a slow loop, a search, or figures published elsewhere."""
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_json, synthetic_tasks, turns, write_tasks
+
+import arc_data
+from arc_data import Task, TaskSet, TokenTable
+
+WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612, "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
+
+
+def sides_of(tasks):
+    return [side for task in tasks.values() for pair in [*task.train, *task.test] for side in pair]
+
+
+def same_pair(one, other):
+    """Whether a pair is the other after a symmetry and a renaming of colours: a search, with no canonical form."""
+    for turned in zip(*map(turns, one)):
+        if all(a.shape == b.shape for a, b in zip(turned, other)):
+            a, b = (np.concatenate([side.ravel() for side in pair]) for pair in (turned, other))
+            if len(np.unique(a)) == len(np.unique(b)) == len(np.unique(a.astype(int) * 10 + b)):
+                return True
+    return False
+
+
+def invariant(pair):
+    """What neither symmetry nor recolouring changes: to search only where it agrees."""
+    counts = [[(side == colour).sum() for side in pair] for colour in range(10)]
+    return tuple(tuple(sorted(side.shape)) for side in pair), tuple(sorted(map(tuple, counts)))
+
+
+def sharing(tasks, others):
+    """Ids of tasks that share a pair with one of the others."""
+    known = {}
+    for task in others.values():
+        for pair in arc_data.pairs_of(task):
+            known.setdefault(invariant(pair), []).append(pair)
+    return {i for i, task in tasks.items() if any(same_pair(pair, other) for pair in arc_data.pairs_of(task) for other in known.get(invariant(pair), []))}
+
+
+def disguised(task, seed=0):
+    """The task turned by a quarter, mirrored and recoloured."""
+    names = np.random.default_rng(seed).permutation(10).astype(np.int8)
+    change = lambda side: np.ascontiguousarray(names[np.fliplr(np.rot90(side))])
+    return Task(*([tuple(map(change, pair)) for pair in part] for part in task))
+
+
+def objects_of(grids, g):
+    """Tokens of grid g of a Grids, the whole grid first: (bitmap, colour, box)."""
+    slots = torch.nonzero(grids.grid.flatten() == g).flatten()
+    assert grids.first[g] == slots[0] and grids.count[g] == len(slots)
+    kind, box = grids.kind.flatten()[slots], grids.box.flatten(0, 1)[slots]
+    assert grids.whole[kind].tolist() == [True] + [False] * (len(slots) - 1)
+    return [(grids.bits[k].numpy().tobytes(), int(grids.colour[k]), tuple(b)) for k, b in zip(kind.tolist(), box.tolist())]
+
+
+def draw(tokens):
+    """The grid that a list of (bitmap, colour, box) describes."""
+    _, colour, (_, _, height, width) = tokens[0]
+    grid = np.full((height, width), colour)
+    for bitmap, colour, (top, left, height, width) in tokens[1:]:
+        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=900).reshape(30, 30)
+        assert bits.sum() == bits[:height, :width].sum()                   # nothing outside the box
+        grid[top:top + height, left:left + width][bits[:height, :width] == 1] = colour
+    return grid
+
+
+# ------------------------------------------------------------------------------------------------ tasks from files
+
+GOOD = {"train": [{"input": [[1, 2], [3, 4]], "output": [[5]]}, {"input": [[6]], "output": [[7, 8]]}],
+        "test": [{"input": [[9, 0]], "output": [[1]]}]}
+
+
+def changed(*path, to=None, drop=False):
+    task = json.loads(json.dumps(GOOD))
+    inner = task
+    for key in path[:-1]:
+        inner = inner[key]
+    if drop:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = to
+    return json.dumps(task)
+
+
+PLACE = ("train", 1, "output")
+CELLS = {"true": True, "float": 3.0, "text": "3", "nan": float("nan"), "infinity": float("inf"), "null": None, "minus": -1, "ten": 10, "list": [1]}
+SHAPES = {"no row": [], "an empty row": [[]], "not rows": [1, 2], "a number": 3, "text": "12", "null": None, "an object": {"0": [1]},
+          "31 rows": [[1]] * 31, "31 columns": [[1] * 31], "ragged": [[1, 2], [3]], "a late empty row": [[1], []]}
+BAD_GRIDS = {f"cell {name}": changed(*PLACE, to=[[1, 2], [3, cell]]) for name, cell in CELLS.items()}
+BAD_GRIDS |= {f"grid {name}": changed(*PLACE, to=grid) for name, grid in SHAPES.items()}
+BAD_PAIRS = {"no input": (changed("train", 1, "input", drop=True), "train pair 1"), "no output": (changed("train", 1, "output", drop=True), "train pair 1"),
+             "no test input": (changed("test", 0, "input", drop=True), "test pair 0"), "a pair of text": (changed("train", 0, to="ab"), "train pair 0"),
+             "a pair of grids": (changed("test", 0, to=[[[1]], [[2]]]), "test pair 0"), "a null pair": (changed("train", 1, to=None), "train pair 1")}
+BAD_TASKS = {"no train": changed("train", drop=True), "no test": changed("test", drop=True), "no pairs": changed("train", to=[]),
+             "train an object": changed("train", to={"0": GOOD["train"][0]}), "train null": changed("train", to=None),
+             "a list": "[1]", "a number": "3", "null": "null"}
+BAD_FILES = {"empty": b"", "cut": json.dumps(GOOD)[:-9].encode(), "latin-1": b'{"t\xe9"', "utf-16": json.dumps(GOOD).encode("utf-16"),
+             "twice": json.dumps(GOOD)[:-1].encode() + b', "train": []}', "twice inside": json.dumps(GOOD).replace('"input"', '"input": [[1]], "input"').encode(),
+             "nested": b"[" * 100_000, "a long number": changed(*PLACE, to=[["N"]]).replace('"N"', "9" * 5000).encode(), "two": b"{} {}"}
+
+
+@pytest.fixture(params=["folder", "file"])
+def place(request, tmp_path):
+    """Writes a task where load_tasks finds it, in a folder of tasks or a file of tasks, beside a good one."""
+    def write(content):
+        if request.param == "folder":
+            folder = write_tasks(tmp_path / "tasks", {"good": Task(*([(np.array(pair["input"]), np.array(pair["output"])) for pair in part] for part in GOOD.values()))})
+            (folder / "bad7.json").write_bytes(content)
+            return folder
+        content = b'{"good": %s, "bad7": %s}' % (json.dumps(GOOD).encode(), content)
+        (tmp_path / "tasks.json").write_bytes(content)
+        return tmp_path / "tasks.json"
+    return write
+
+
+def refused(source, *said):
+    with pytest.raises(ValueError) as error:
+        arc_data.load_tasks(str(source))
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    for words in said:
+        assert words in message
+    return message
+
+
+@pytest.mark.parametrize("name", BAD_GRIDS)
+def test_a_malformed_grid_is_refused_by_file_task_pair_and_side(place, name):
+    source = place(BAD_GRIDS[name].encode())
+    refused(source, str(source), "bad7", "train pair 1, output")
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_a_malformed_pair_is_refused_by_file_task_and_pair(place, name):
+    content, where = BAD_PAIRS[name]
+    source = place(content.encode())
+    refused(source, str(source), "bad7", where)
+
+
+@pytest.mark.parametrize("name", BAD_TASKS)
+def test_a_malformed_task_is_refused_by_file_and_task(place, name):
+    source = place(BAD_TASKS[name].encode())
+    refused(source, str(source), "bad7")
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_json_is_refused_by_name(place, name):
+    source = place(BAD_FILES[name])
+    refused(source, "bad7.json" if source.is_dir() else str(source))
+
+
+@pytest.mark.parametrize("part, pair, side", [("train", 0, "input"), ("train", 1, "output"), ("test", 0, "input"), ("test", 0, "output")])
+def test_part_pair_and_side_are_those_of_the_bad_cell(place, part, pair, side):
+    refused(place(changed(part, pair, side, 0, 0, to=True).encode()), f"{part} pair {pair}, {side}", "true")
+
+
+def test_one_task_id_twice_is_refused(tmp_path):
+    text = json.dumps(GOOD)
+    (tmp_path / "a.json").write_text('{"one": %s, "two": %s}' % (text, text))
+    (tmp_path / "b.json").write_text('{"two": %s}' % text)
+    (tmp_path / "c.json").write_text('{"one": %s, "one": %s}' % (text, text))
+    refused(f"{tmp_path}/a.json,{tmp_path}/b.json", "two", "b.json")
+    refused(tmp_path / "c.json", "one", "c.json")
+    refused("arcagi1:evaluation,arcagi2:training", "arcagi2:training")
+
+
+def test_a_source_that_is_not_there_is_refused_with_the_way_out(tmp_path):
+    refused(tmp_path / "nothing", "nothing", "arcagi1:training", "folder")
+    refused("arcagi3:training", "arcagi3:training", "arcagi1:training")
+    refused(tmp_path, str(tmp_path), ".json")
+    (tmp_path / "none.json").write_text("{}")
+    refused(tmp_path / "none.json", "none.json")
+
+
+def test_a_name_left_empty_or_a_folder_named_like_a_file_is_refused(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "x.json").mkdir()
+    refused(tmp_path / "tasks", "x.json")
+    refused("arcagi1:training,", "arcagi1:training")
+
+
+def test_what_real_files_hold_is_accepted(place):
+    text = changed("test", 0, "output", drop=True).replace('{"train"', '{"name": "a\\u00e9", "train"').replace('[[6]]', '[[6]], "note": [1.5, null]')
+    tasks = arc_data.load_tasks(str(place(text.encode())))
+    assert list(tasks["bad7"].test[0][0][0]) == [9, 0] and tasks["bad7"].test[0][1] is None
+    assert [side.tolist() for pair in tasks["bad7"].train for side in pair] == [side for pair in GOOD["train"] for side in pair.values()]
+    assert len(arc_data.pairs_of(tasks["bad7"])) == 2 and len(arc_data.pairs_of(tasks["good"])) == 3
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_byte_order_mark_is_accepted(tmp_path, form):
+    path = tmp_path / "t.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD if form == "folder" else {"t": GOOD}).encode())
+    assert list(arc_data.load_tasks(str(tmp_path if form == "folder" else path))) == ["t"]
+
+
+def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
+    one, two = synthetic_tasks(1, tasks=2), {f"x{i}": task for i, task in enumerate(synthetic_tasks(2, tasks=2).values())}
+    write_tasks(tmp_path / "one", one)
+    (tmp_path / "two.json").write_text(json.dumps({i: as_json(task) for i, task in two.items()}))
+    got = arc_data.load_tasks(f"{tmp_path}/one, {tmp_path}/two.json")
+    assert set(got) == {*one, *two}
+    for name, task in {**one, **two}.items():
+        for pair, expected in zip(arc_data.pairs_of(got[name]), arc_data.pairs_of(task), strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(pair, expected))
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
+    tasks, held_out, leaks = arc_data.split("arcagi2:training", None)
+    assert (len(tasks), len(held_out), len(leaks), len(set(leaks))) == (623, 400, 377, 377)
+    assert set(tasks) | set(leaks) == set(arc("arcagi2:training")) and set(held_out) == set(arc("arcagi1:evaluation"))
+    assert set(leaks) == sharing(arc("arcagi2:training"), held_out)        # what shares a pair leaves, and nothing else
+    assert len(set(leaks) & set(held_out)) == 376                          # one more by its content
+
+
+@pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None), ("arcagi1:training", "dev"),
+                                            ("arcagi1:evaluation", "arcagi2:evaluation")])
+def test_training_and_validation_share_no_task_even_up_to_symmetry_and_colour(arc, data, validate):
+    tasks, held_out, leaks = arc_data.split(data, validate)
+    assert not sharing(tasks, held_out) and not set(tasks) & set(held_out)
+    if validate == "dev":                                                  # and neither touches the reported split
+        assert not sharing({**tasks, **held_out}, arc("arcagi1:evaluation"))
+    assert leaks
+
+
+def test_a_planted_copy_of_a_validation_task_leaves_though_turned_and_recoloured(arc, tmp_path):
+    planted = disguised(arc("arcagi1:evaluation")["00576224"])
+    folder = write_tasks(tmp_path / "planted", {"planted": planted, "other": synthetic_tasks(3, tasks=1)["task00"]})
+    tasks, _, leaks = arc_data.split(str(folder), "arcagi1:evaluation")
+    assert list(tasks) == ["other"] and leaks == ["planted"]
+    tasks, _, leaks = arc_data.split(f"arcagi2:training,{folder}", "arcagi1:evaluation")
+    assert len(tasks) == 624 and "planted" in leaks
+
+
+def test_a_planted_copy_of_a_dev_task_leaves_too_even_with_one_pair_in_common(tmp_path):
+    tasks = synthetic_tasks(4)
+    held = next(i for i in tasks if int(hashlib.sha1(i.encode()).hexdigest(), 16) % 5 == 0)
+    kept = [i for i in map("copy{}".format, range(20)) if int(hashlib.sha1(i.encode()).hexdigest(), 16) % 5]
+    tasks[kept[0]] = disguised(tasks[held])
+    tasks[kept[1]] = Task(synthetic_tasks(5)["task00"].train, disguised(tasks[held], seed=1).test)
+    left, held_out, leaks = arc_data.split(str(write_tasks(tmp_path / "tasks", tasks)), None)
+    assert held in held_out and set(leaks) == set(kept[:2]) and not set(left) & set(kept)
+
+
+def test_a_canonical_pair_tells_pairs_apart_exactly_as_a_search_does():
+    rng = np.random.default_rng(0)
+    side = lambda: rng.integers(0, 3, rng.integers(1, 3, 2)).astype(np.int8)
+    pairs = [(side(), side()) for _ in range(60)]
+    forms = [arc_data.canonical_pair(pair) for pair in pairs]
+    got = [[a == b for b in forms] for a in forms]
+    assert got == [[same_pair(a, b) for b in pairs] for a in pairs]
+    assert 60 < sum(map(sum, got)) < 3600
+    assert forms[0] == arc_data.canonical_pair(disguised(Task([pairs[0]], [])).train[0])
+
+
+def test_dev_is_the_tasks_whose_sha1_mod_5_is_0(task_folder):
+    for validate in (None, "dev"):
+        tasks, held_out, leaks = arc_data.split(str(task_folder), validate)
+        expected = {path.stem for path in task_folder.glob("*.json") if int(hashlib.sha1(path.stem.encode()).hexdigest(), 16) % 5 == 0}
+        assert set(held_out) == expected and len(tasks) == 24 - len(expected) and not leaks
+
+
+def test_data_that_leaves_no_window_is_refused(tmp_path):
+    tasks = synthetic_tasks(6, tasks=3)
+    folder = write_tasks(tmp_path / "tasks", tasks)
+    with pytest.raises(ValueError, match="no training task"):
+        arc_data.split(str(folder), str(folder))
+    single = write_tasks(tmp_path / "single", {"one": Task(tasks["task00"].train[:1], [])})
+    with pytest.raises(ValueError, match="no validation task"):
+        arc_data.split(str(folder), str(single))
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("source", WINDOWS)
+def test_every_split_has_the_published_number_of_windows(arc, source):
+    windows = arc_data.make_windows(arc(source))
+    assert windows.index.shape == (WINDOWS[source], 4) and len(windows.task) == WINDOWS[source]
+    assert len({(grid.shape, grid.tobytes()) for grid in windows.grids}) == len(windows.grids)
+    if source == "arcagi1:evaluation":
+        assert len(windows.outputs) == 1755
+
+
+def test_windows_are_every_ordered_choice_of_two_complete_pairs_of_a_task():
+    tasks = synthetic_tasks(7, tasks=6)
+    tasks["task02"] = tasks["task02"]._replace(test=[(tasks["task02"].test[0][0], None)])      # its output is not known
+    windows = arc_data.make_windows(tasks)
+    key = lambda *grids: tuple((grid.shape, grid.tobytes()) for grid in grids)
+    expected = [(i, key(*a, *b)) for i, task in tasks.items() for a, b in itertools.permutations([p for p in [*task.train, *task.test] if p[1] is not None], 2)]
+    got = [(windows.task_ids[t], key(*(windows.grids[g] for g in row))) for t, row in zip(windows.task, windows.index)]
+    assert sorted(got) == sorted(expected)
+    assert sorted(set(windows.index[:, [1, 3]].ravel())) == list(windows.outputs)
+
+
+# ------------------------------------------------------------------------------------------------ object tokens
+
+
+def flood_fill(grid, connectivity):
+    """Name of each cell's component, its first cell in reading order, by a stack."""
+    height, width = grid.shape
+    steps = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if abs(a) + abs(b) in ((1,) if connectivity == 4 else (1, 2))]
+    name = np.full(grid.shape, -1)
+    for start in itertools.product(range(height), range(width)):
+        stack = [start] if name[start] < 0 else []
+        while stack:
+            cell = stack.pop()
+            if name[cell] < 0:
+                name[cell] = start[0] * 30 + start[1]
+                near = [(cell[0] + a, cell[1] + b) for a, b in steps]
+                stack += [c for c in near if 0 <= c[0] < height and 0 <= c[1] < width and grid[c] == grid[start]]
+    return name
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """Grids of every size and density, from one cell to 30 x 30."""
+    rng = np.random.default_rng(8)
+    grids = [rng.integers(0, rng.integers(1, 11), rng.integers(1, 31, 2)).astype(np.int8) for _ in range(40)]
+    spiral = np.zeros((30, 30), np.int8)
+    for ring in range(0, 15, 2):
+        spiral[ring:30 - ring, ring:30 - ring] = 1
+        spiral[ring + 1:29 - ring, ring + 1:29 - ring] = 0
+        spiral[ring + 1, ring] = 0
+    return [*grids, spiral, np.zeros((1, 1), np.int8), np.full((30, 30), 9, np.int8)]
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_components_are_those_of_a_flood_fill(noise, connectivity):
+    labels = arc_data.components(arc_data.pad(noise), connectivity)
+    for i, (grid, label) in enumerate(zip(noise, labels)):
+        height, width = grid.shape
+        assert np.array_equal(label[:height, :width] - 900 * i, flood_fill(grid, connectivity))
+        assert (label[height:] == -1).all() and (label[:, width:] == -1).all()
+
+
+@pytest.mark.parametrize("source, share", [("arcagi1:training", 0.95), ("arcagi1:evaluation", 0.85)])
+def test_grids_are_redrawn_exactly_where_nothing_was_cut_and_most_are(arc, source, share):
+    grids = sides_of(arc(source))
+    tokens = arc_data.tokenise(grids)
+    same = [np.array_equal(a, b) for a, b in zip(grids, arc_data.redraw(tokens), strict=True)]
+    assert same == (tokens.cut == 0).tolist()
+    assert share <= np.mean(same) < 1
+
+
+def test_the_smallest_objects_are_cut_and_their_number_is_counted(noise):
+    tokens = arc_data.tokenise(noise, objects=5)
+    for i, grid in enumerate(noise):
+        label = flood_fill(grid, 8)
+        common = np.bincount(grid.ravel(), minlength=10).argmax()
+        areas = sorted(np.unique(label[grid != common], return_counts=True)[1], reverse=True)
+        first, last = tokens.start[i], tokens.start[i + 1]
+        assert tokens.area[first + 1:last].tolist() == areas[:5]
+        assert tokens.cut[i] == max(0, len(areas) - 5)
+        assert tokens.area[first] == (grid != common).sum() and tokens.colour[first] == common
+        assert tokens.box[first].tolist() == [0, 0, *grid.shape]
+
+
+def test_a_list_of_grids_of_one_colour_has_one_token_each():
+    grids = [np.full((2, 3), 4, np.int8), np.zeros((1, 1), np.int8)]
+    tokens = arc_data.tokenise(grids)
+    assert tokens.start.tolist() == [0, 1, 2] and tokens.colour.tolist() == [4, 0] and tokens.area.tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ gathering
+
+
+@pytest.fixture(scope="module")
+def clear():
+    """Grids whose background does not hang on the order of colours, and of which nothing is cut."""
+    rng = np.random.default_rng(9)
+    grids = [rng.choice(10, rng.integers(1, 14, 2), p=[.82] + [.02] * 9).astype(np.int8) for _ in range(30)]
+    leads = lambda grid: np.diff(np.sort(np.bincount(grid.ravel(), minlength=10))[-2:]) > 0
+    grids = [grid for grid in grids if leads(grid)]
+    assert len(grids) > 20 and not arc_data.tokenise(grids).cut.any()
+    return grids
+
+
+def test_tokens_of_a_turned_and_recoloured_grid_are_the_tables_turned_and_recoloured_tokens(clear):
+    table, rng = TokenTable(clear), np.random.default_rng(10)
+    chosen = np.arange(len(clear))
+    for symmetry in range(8):
+        names = np.array([rng.permutation(10) for _ in clear])
+        expected = [np.ascontiguousarray(arc_data.turn(row[grid], symmetry)) for row, grid in zip(names, clear)]
+        fresh = TokenTable(expected).gather(chosen)
+        turned = table.gather(chosen, np.full(len(clear), symmetry), names)
+        for g, grid in enumerate(expected):
+            one, other = objects_of(turned, g), objects_of(fresh, g)
+            assert one[0] == other[0] and sorted(one) == sorted(other)
+            assert np.array_equal(draw(one), grid)
+
+
+def test_turns_are_the_8_symmetries_each_once():
+    grid = np.arange(6).reshape(2, 3)
+    got = [arc_data.turn(grid, symmetry).tolist() for symmetry in range(8)]
+    assert sorted(got) == sorted(side.tolist() for side in turns(grid)) and got[0] == grid.tolist()
+
+
+def test_gathering_draws_any_uncut_grid_under_any_change_though_backgrounds_tie(noise):
+    grids = [grid for grid, cut in zip(noise, arc_data.tokenise(noise).cut) if not cut]
+    rng = np.random.default_rng(11)
+    chosen, symmetry = rng.integers(0, len(grids), 60), rng.integers(0, 8, 60)
+    colours = np.array([rng.permutation(10) for _ in chosen])
+    gathered = TokenTable(grids).gather(chosen, symmetry, colours)
+    for g, (i, s, names) in enumerate(zip(chosen, symmetry, colours)):
+        assert np.array_equal(draw(objects_of(gathered, g)), arc_data.turn(names[grids[i]], s))
+
+
+def test_packing_loses_no_token_and_overfills_no_row():
+    rng = np.random.default_rng(12)
+    for _ in range(50):
+        counts = rng.integers(1, rng.integers(2, arc_data.OBJECTS + 3), rng.integers(1, 80))
+        slot, rows = arc_data.pack(counts)
+        taken = np.concatenate([np.arange(s, s + n) for s, n in zip(slot, counts)])
+        assert len(np.unique(taken)) == counts.sum() and 0 <= taken.min() and taken.max() < rows * arc_data.SLOTS
+        assert (slot // arc_data.SLOTS == (slot + counts - 1) // arc_data.SLOTS).all()         # no grid lies in two rows
+        assert len(np.unique(slot // arc_data.SLOTS)) == rows
+
+
+def test_empty_slots_belong_to_no_grid_and_objects_stand_once(noise):
+    table = TokenTable(noise)
+    gathered = table.gather(np.arange(len(noise)).repeat(2))
+    assert int((gathered.grid < 2 * len(noise)).sum()) == int(gathered.count.sum()) == 2 * table.start[-1]
+    assert set(gathered.grid.flatten().tolist()) <= set(range(2 * len(noise) + 1))
+    kinds = [(bits.numpy().tobytes(), int(colour), bool(whole)) for bits, colour, whole in zip(gathered.bits, gathered.colour, gathered.whole)]
+    assert len(set(kinds)) == len(kinds)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def undo(grids, task):
+    """(symmetry, colour map) that makes the task's pairs of these grids (in, out, in, out, ...), and the pairs; or None."""
+    pairs = arc_data.pairs_of(task)
+    for symmetry in range(8):
+        turned = [[turns(side)[symmetry] for side in pair] for pair in pairs]
+        fits = [[i for i, pair in enumerate(turned) if all(a.shape == b.shape for a, b in zip(pair, grids[k:k + 2]))] for k in range(0, len(grids), 2)]
+        for places in itertools.product(*fits):
+            joined = {(int(a), int(b)) for i, place in enumerate(places) for old, new in zip(turned[place], grids[2 * i:2 * i + 2])
+                      for a, b in zip(old.ravel(), new.ravel())}
+            if len(joined) == len({a for a, _ in joined}) == len({b for _, b in joined}):
+                return symmetry, tuple(sorted(joined)), places
+    return None
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    return synthetic_tasks(13, tasks=8, pairs=(2, 6), side=(3, 6))
+
+
+def blocks(batch, each):
+    drawn = [draw(objects_of(batch.grids, g)) for g in range(len(batch.grids.first))]
+    return [drawn[first:first + each] for first in range(0, len(drawn), each)]
+
+
+def test_a_window_and_its_whole_task_come_under_one_symmetry_and_one_recolouring(crowd):
+    data, seen = TaskSet(crowd), []
+    for step in range(4):
+        batch = data.batch(48, 0, step)
+        each = 2 * data.pairs
+        for grids in blocks(batch, each):
+            found = [(i, undone) for i, task in crowd.items() if (undone := undo(grids, task))]
+            assert len(found) == 1
+            seen.append(found[0])
+        assert len(batch.grids.first) % each == 0 and (batch.index // each == batch.index[:, :1] // each).all()    # windows stay in a task
+    assert len({i for i, _ in seen}) > 4 and len({s for _, (s, _, _) in seen}) > 4 and len({c for _, (_, c, _) in seen}) > 20
+
+
+def test_without_augmentation_a_batch_holds_the_grids_as_they_are(crowd):
+    known = {(grid.shape, grid.tobytes()) for grid in sides_of(crowd)}
+    for grids in blocks(TaskSet(crowd, augment=False).batch(48, 0, 0), 6):
+        assert all((grid.shape, grid.astype(np.int8).tobytes()) in known for grid in grids)
+
+
+def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
+    data = TaskSet(crowd)
+    batch = data.batch(48, 1, 0)
+    index = batch.index.tolist()
+    for first, grids in enumerate(blocks(batch, 2 * data.pairs)):
+        task = next(task for task in crowd.values() if undo(grids, task))
+        distinct = min(len(arc_data.pairs_of(task)), data.pairs)
+        mine = {tuple(row) for row in index if row[0] // (2 * data.pairs) == first}
+        assert len(mine) == distinct * (distinct - 1)
+        for in1, out1, in2, out2 in mine:
+            assert in1 % 2 == in2 % 2 == 0 and out1 == in1 + 1 and out2 == in2 + 1 and in1 != in2
+    assert len({tuple(row) for row in index}) == len(index)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(crowd):
+    flat = lambda batch: [part.tolist() for part in (*batch.grids, *batch[1:])]
+    data = TaskSet(crowd)
+    expected = flat(data.batch(24, 3, 7))
+    for seed, step in ((3, 6), (4, 7)):
+        assert flat(data.batch(24, seed, step)) != expected
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert flat(data.batch(24, 3, 7)) == expected == flat(TaskSet(crowd).batch(24, 3, 7))
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+
+
+def test_random_objects_of_a_batch_are_distinct_objects_of_it(crowd):
+    batch = TaskSet(crowd).batch(48, 0, 0)
+    assert len(set(batch.objects.tolist())) == len(batch.objects) <= len(batch.grids.first)
+    assert 0 <= int(batch.objects.min()) and int(batch.objects.max()) < len(batch.grids.colour)
+
+
+def test_a_task_set_counts_the_windows_of_its_tasks(arc):
+    tasks = arc("arcagi2:evaluation")
+    assert TaskSet(tasks).windows == WINDOWS["arcagi2:evaluation"]

@@ -1,0 +1,620 @@
+"""Claims of lejepa.py: the objective against closed forms and numpy, the code, the encoder and the variants."""
+import ast
+import inspect
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import synthetic_tasks
+
+import arc_data
+import lejepa
+from lejepa import CODE_SIZE, CODES, LEVELS, load_run, sigreg
+
+ROOT = Path(__file__).parent.parent
+HEADS = CODES * len(LEVELS)                            # m: the numbers behind the codes of a token
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def unit(dim, count, seed=1, dtype=torch.float32):
+    return F.normalize(normal(dim, count, seed=seed, dtype=torch.float64), dim=0).to(dtype)
+
+
+def quadrature(z, directions, knots=17):
+    """The statistic of one view by numpy in float64: 2 N times the integral over [0, 3] of phi |psi - phi|^2, by trapezoids."""
+    x = np.asarray(z, np.float64) @ np.asarray(directions, np.float64)                         # (N, M)
+    t = np.linspace(0, 3, knots)
+    phi = np.exp(-t**2 / 2)
+    psi = np.array([np.exp(1j * s * x).mean(0) for s in t])                                    # (T, M)
+    weights = np.full(knots, 6 / (knots - 1))
+    weights[[0, -1]] /= 2
+    return float(len(x) * ((weights * phi) @ np.abs(psi - phi[:, None]) ** 2).mean())
+
+
+def plain(z, directions):
+    """The same in plain torch, for autograd."""
+    t = torch.linspace(0, 3, 17, dtype=z.dtype)
+    phi = torch.exp(-t**2 / 2)
+    weights = torch.full_like(t, 3 / 8)
+    weights[[0, -1]] = 3 / 16
+    x = (z @ directions)[..., None] * t                                                        # (V, N, M, T)
+    error = (x.cos().mean(-3) - phi) ** 2 + x.sin().mean(-3) ** 2
+    return z.shape[-2] * (error @ (weights * phi)).mean()
+
+
+CLOUDS = {"gaussian": lambda z: z, "shifted": lambda z: z + 0.7, "narrow": lambda z: 0.1 * z, "wide": lambda z: 3 * z,
+          "uniform": lambda z: 2 * torch.rand(z.shape, generator=torch.Generator().manual_seed(5)).to(z.dtype), "skew": lambda z: z.exp() / 2}
+
+# ------------------------------------------------------------------------------------------------ sigreg
+
+
+@pytest.mark.parametrize("samples, dim", [(2, 4), (3, 1), (16, 4), (64, 32), (512, 8)])
+def test_sigreg_of_gaussian_samples_averages_1_05_whatever_the_batch_size(samples, dim):
+    t = np.linspace(0, 3, 17)
+    weights = np.r_[3 / 16, np.full(15, 3 / 8), 3 / 16] * np.exp(-t**2 / 2)
+    null = float(weights @ (1 - np.exp(-t**2)))                                                # N |psi - phi|^2 averages 1 - phi^2
+    assert null == pytest.approx(1.05246, abs=1e-5) == lejepa.SIGREG_NULL
+    views = max(200, 6000 // dim)                                                              # 6000 or more independent numbers
+    got = [float(sigreg(normal(views // 4, samples, dim, seed=seed), unit(dim, 4 * dim, seed=seed))) for seed in range(4)]
+    assert np.mean(got) == pytest.approx(null, abs=0.06)
+
+
+@pytest.mark.parametrize("samples", [2, 7, 64])
+def test_sigreg_of_a_collapsed_encoder_is_0_402_n_and_its_gradient_exactly_0(samples):
+    z = torch.zeros(samples, 16, requires_grad=True)
+    value = sigreg(z, unit(16, 32))
+    value.backward()
+    assert float(value.detach()) / samples == pytest.approx(0.40205, abs=1e-5)
+    assert z.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dim, share", [(64, 0.3786), (128, 0.3902), (256, 0.3961), (512, 0.3990)])
+def test_normalised_embeddings_score_near_a_collapse_however_isotropic(dim, share):
+    z = F.normalize(normal(4096, dim), dim=1)
+    assert float(sigreg(z, unit(dim, 64))) / 4096 == pytest.approx(share, abs=3e-4)
+
+
+def test_each_view_is_tested_on_its_own_samples():
+    views = torch.stack([normal(33, 8) + 1.5, 2 * normal(33, 8, seed=1) + 1])
+    directions = unit(8, 16)
+    alone = [quadrature(view, directions) for view in views]
+    assert float(sigreg(views, directions)) == pytest.approx(np.mean(alone), rel=1e-5)
+    assert quadrature(views.flatten(0, 1), directions) > 1.5 * np.mean(alone)                  # pooled would be another number
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_17_knots_are_the_integral_of_2001_within_1_percent(cloud):
+    """The integrand is even at 0, so the trapezoid errs by its slope at 3 alone, dt^2 / 6 of it, while |x| < 2 pi / dt = 33."""
+    z, directions = CLOUDS[cloud](normal(257, 8)), unit(8, 64)
+    value = float(sigreg(z, directions))
+    assert value == pytest.approx(quadrature(z, directions), rel=1e-4)
+    assert value == pytest.approx(quadrature(z, directions, knots=2001), rel=0.01)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+@pytest.mark.parametrize("views, samples, dim, count", [(2, 65, 16, 32), (1, 2, 8, 1), (3, 7, 1, 5), (1, 1024, 32, 64)])
+def test_sigreg_and_its_gradient_are_those_of_the_plain_formula(cloud, views, samples, dim, count):
+    z = CLOUDS[cloud](normal(views, samples, dim, dtype=torch.float64)).requires_grad_()
+    directions = unit(dim, count, dtype=torch.float64)
+    expected = plain(z, directions)
+    slope, = torch.autograd.grad(expected, z)
+    torch.testing.assert_close(sigreg(z, directions), expected, rtol=1e-11, atol=1e-12)
+    assert float((torch.autograd.grad(sigreg(z, directions), z)[0] - slope).norm()) < 1e-11 * float(slope.norm())
+    z32 = z.detach().float().requires_grad_()
+    expected32, directions32 = plain(z32.double(), directions.float().double()), directions.float()
+    slope, = torch.autograd.grad(expected32, z32)
+    got, = torch.autograd.grad(sigreg(z32, directions32), z32)
+    assert float(sigreg(z32, directions32).detach()) == pytest.approx(float(expected32.detach()), rel=1e-5)
+    assert float((got - slope).norm()) < 1e-5 * float(slope.norm())
+
+
+@pytest.mark.parametrize("views, samples, count", [(1, 2, 1), (2, 5, 3)])
+def test_the_gradient_passes_gradcheck(views, samples, count):
+    z = normal(views, samples, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: sigreg(z, unit(4, count, dtype=torch.float64)), z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_raised_to_fp32_even_under_autocast(dtype):
+    z, directions = normal(64, 16, dtype=dtype), unit(16, 32)
+    expected = sigreg(z.float(), directions)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            got = [sigreg(z, directions), sigreg(z.float(), directions)]
+        assert all(value.dtype == torch.float32 and torch.equal(value, expected) for value in got)
+
+
+def test_float64_stays_float64():
+    z, directions = normal(64, 16, dtype=torch.float64), unit(16, 32)
+    got = sigreg(z, directions)
+    assert got.dtype == torch.float64 and float(got) == pytest.approx(quadrature(z, directions), rel=1e-12)
+
+
+@pytest.mark.parametrize("z, directions", [((1, 4), (4, 2)), ((3, 1, 4), (4, 2)), ((0, 4), (4, 2)), ((4,), (4, 2)), ((2, 2, 8, 4), (4, 2)),
+                                           ((8, 4), (5, 2)), ((8, 4), (2, 4)), ((8, 4), (4,))])
+def test_sigreg_refuses_one_sample_and_other_shapes(z, directions):
+    with pytest.raises(ValueError, match="sigreg"):
+        sigreg(torch.zeros(z), torch.ones(directions))
+
+
+def test_directions_are_unit_columns_a_function_of_seed_and_step_alone():
+    draw = lambda seed, step: lejepa.draw_directions(12, 7, lejepa.Config(seed=seed, device="cpu"), step)
+    torch.manual_seed(0)
+    before, first = torch.get_rng_state(), draw(1, 5)
+    torch.testing.assert_close(first.norm(dim=0), torch.ones(7))
+    assert first.shape == (12, 7) and torch.equal(first, draw(1, 5))
+    assert not torch.equal(first, draw(1, 6)) and not torch.equal(first, draw(2, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------ code
+
+
+@pytest.fixture(scope="module")
+def code():
+    return lejepa.GaussianCode()
+
+
+def perplexity(column):
+    share = np.bincount(column, minlength=CODE_SIZE) / len(column)
+    return math.exp(-sum(p * math.log(p) for p in share if p)) / CODE_SIZE
+
+
+def test_codes_of_gaussian_numbers_are_as_uniform_as_uniform_draws(code):
+    n = 20_000
+    indices = code.indices(normal(n, HEADS)).numpy()
+    expected = np.mean([perplexity(np.random.default_rng(seed).integers(0, CODE_SIZE, n)) for seed in range(4)])
+    for column in indices.T:
+        assert perplexity(column) == pytest.approx(expected, abs=0.003) and len(np.unique(column)) == CODE_SIZE
+
+
+def test_a_code_is_read_back_as_the_mean_of_its_bin(code):
+    x = np.linspace(-9, 9, 180_001)
+    density = np.exp(-x**2 / 2)
+    y = torch.from_numpy(x).float()[:, None].expand(-1, HEADS)
+    read = code(y).double().numpy()
+    for column in range(HEADS):
+        level = np.round(read[:, column], 4)
+        assert len(np.unique(level)) == (LEVELS * CODES)[column]
+        for value in np.unique(level):
+            inside = level == value
+            assert (density[inside] @ x[inside]) / density[inside].sum() == pytest.approx(value, abs=2e-4)
+            assert density[inside].sum() / density.sum() == pytest.approx(1 / len(np.unique(level)), abs=2e-4)
+
+
+def test_the_gradient_goes_straight_through_the_code(code):
+    y, weight = normal(50, HEADS).requires_grad_(), normal(50, HEADS, seed=1)
+    (code(y) * weight).sum().backward()
+    assert torch.equal(y.grad, weight)
+
+
+def test_what_is_read_back_depends_on_the_bin_alone_bit_for_bit(code):
+    y = torch.cat([normal(4000, HEADS), 20 * normal(4000, HEADS, seed=1)])
+    read = code(y)
+    for j in range(HEADS):
+        assert len(torch.unique(read[:, j])) == (LEVELS * CODES)[j]
+
+
+def test_equal_codes_are_equal_symbols_and_other_codes_other_symbols(code):
+    y = normal(3000, HEADS)
+    indices, read = code.indices(y), code(y).round(decimals=4)
+    for i in range(CODES):
+        symbols = [tuple(row) for row in read[:, i * len(LEVELS):(i + 1) * len(LEVELS)].tolist()]
+        assert len(set(symbols)) == len(set(zip(symbols, indices[:, i].tolist()))) == len(torch.unique(indices[:, i]))
+
+
+@pytest.mark.parametrize("scale", [1, 8, 1e4, 1e30, math.inf])
+def test_indices_are_int64_from_0_to_767_however_large_the_number(code, scale):
+    y = normal(500, HEADS) * scale
+    indices = code.indices(y)
+    assert indices.shape == (500, CODES) and indices.dtype == torch.int64
+    assert 0 <= int(indices.min()) and int(indices.max()) < CODE_SIZE == 768
+    edge = torch.where(y.abs() > 6, y.sign() * 6, y)   # already in the first or the last bin
+    assert torch.equal(indices, code.indices(edge))
+
+
+# ------------------------------------------------------------------------------------------------ encoder
+
+
+def make(**flags):
+    """A small model whose parameters and batch statistics are none of the special values of a fresh one."""
+    cfg = lejepa.parse_flags(["--device", "cpu", "--size", "small", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+    model = lejepa.build(cfg)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    with torch.no_grad():
+        model(arc_data.TaskSet(synthetic_tasks(20)).batch(48, 0, 0))
+    return model.eval().requires_grad_(False), cfg
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()[0]
+
+
+@pytest.fixture(scope="module")
+def grids(arc):
+    """60 real grids, small and large, some cut, one of a single cell."""
+    tasks = list(arc("arcagi1:training").values())
+    sides = [side for task in tasks[:24] for pair in task.train for side in pair]
+    return [*sides[:59], np.zeros((1, 1), np.int8)]
+
+
+def close(a, b):
+    scale = b.abs().mean()
+    assert a.shape == b.shape and float((a - b).abs().max()) < 2e-4 * float(scale)
+
+
+def gather(grids):
+    return arc_data.TokenTable(grids, turned=False).gather(np.arange(len(grids)))
+
+
+def test_padding_does_not_reach_an_embedding(model, grids):
+    gathered = gather(grids)
+    empty = gathered.grid == len(grids)
+    assert empty.sum() > 10
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.where(empty, torch.randint(0, len(gathered.colour), gathered.kind.shape, generator=generator), gathered.kind)
+    box = torch.where(empty[..., None], torch.randint(0, 15, gathered.box.shape, generator=generator), gathered.box)
+    for got, expected in zip(model.encoder(gathered._replace(kind=kind, box=box)), model.encoder(gathered), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_batch_equals_its_items_one_by_one(model, grids):
+    close(model.embed(grids), torch.cat([model.embed([grid]) for grid in grids]))
+
+
+def test_the_order_of_grids_does_not_matter(model, grids):
+    order = np.random.default_rng(0).permutation(len(grids))
+    close(model.embed([grids[i] for i in order]), model.embed(grids)[order])
+
+
+def test_chunks_do_not_change_an_embedding_or_a_prediction(model, grids, monkeypatch):
+    contexts = [tuple(grids[i:i + 3]) for i in range(40)]
+    z, z_hat, codes = model.embed(grids), model.predict(contexts), model.codes(grids)
+    monkeypatch.setattr(type(model), "CHUNK", 7)
+    close(model.embed(grids), z)
+    close(model.predict(contexts), z_hat)
+    assert all(torch.equal(a, b) for one, other in zip(model.codes(grids), codes, strict=True) for a, b in zip(one, other))
+
+
+def test_everything_after_the_code_depends_on_symbols_alone(model, grids):
+    contexts = [tuple(grids[i:i + 3]) for i in range(20)]
+    z, z_hat, ys = model.embed(grids), model.predict(contexts), []
+
+    def move(module, inputs, y):                       # each number to one at random in its bin
+        drawn = torch.randn(400, *y.shape, generator=torch.Generator().manual_seed(0))
+        same = model.encoder.code.level(drawn) == model.encoder.code.level(y)
+        moved = torch.where(same.any(0), drawn.gather(0, same.float().argmax(0)[None])[0], y)
+        ys.append((y, moved))
+        return moved
+    hook = model.encoder.objects.register_forward_hook(move)
+    try:
+        inside, predicted = model.embed(grids), model.predict(contexts)
+    finally:
+        hook.remove()
+    for y, moved in ys:
+        assert torch.equal(model.encoder.code.indices(y), model.encoder.code.indices(moved)) and float((y - moved).abs().mean()) > 0.05
+    assert torch.equal(inside, z) and torch.equal(predicted, z_hat)
+    across = model.encoder.objects.register_forward_hook(lambda module, inputs, y: -y)
+    try:
+        assert not torch.equal(model.embed(grids), z)  # another bin is another symbol
+    finally:
+        across.remove()
+
+
+def one_object(shape, colour=3, top=2, left=1):
+    grid = np.zeros((9, 8), np.int8)
+    grid[top:top + 3, left:left + 3] = colour * np.array(shape)
+    return grid
+
+
+PLUS, CROSS, FLAG = [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[1, 0, 1], [0, 1, 0], [1, 0, 1]], [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
+
+
+def test_objects_of_equal_box_and_area_but_other_shape_differ(model):
+    tokens = arc_data.tokenise([one_object(shape) for shape in (PLUS, CROSS, FLAG)])
+    assert tokens.area.tolist() == [5] * 6 and len(np.unique(tokens.box[1::2], axis=0)) == 1
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        shapes = [one_object((PLUS, CROSS, FLAG)[k]) for k in (i, j)]
+        gathered = gather(shapes)
+        y = model.encoder.objects(gathered)[gathered.kind].flatten(0, 1)
+        one, other = (y[gathered.first[g] + 1] for g in range(2))
+        assert float((one - other).abs().max()) > 1e-2
+
+
+def test_y_says_what_an_object_is_and_the_symbol_where(model):
+    here, there, red = one_object(PLUS), one_object(PLUS, top=5, left=4), one_object(PLUS, colour=2)
+    (codes, boxes), (codes2, boxes2), (codes3, boxes3) = model.codes([here, there, red])
+    assert torch.equal(codes[1], codes2[1]) and boxes[1].tolist() == [2, 1, 3, 3] and boxes2[1].tolist() == [5, 4, 3, 3]
+    assert not torch.equal(codes, codes3) and torch.equal(boxes, boxes3)
+    z = model.embed([here, there, red])
+    assert min(float((z[i] - z[j]).abs().max()) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
+
+
+def test_embed_codes_and_predict_keep_their_contract(model, grids):
+    z = model.embed(grids)
+    assert z.shape == (60, lejepa.SIZES["small"].dim) and z.dtype == torch.float32 and not z.requires_grad and z.isfinite().all()
+    codes = model.codes(grids)
+    assert len(codes) == 60
+    tokens = arc_data.tokenise(grids)
+    for (code, box), grid, first, last in zip(codes, grids, tokens.start[:-1], tokens.start[1:], strict=True):
+        assert code.dtype == box.dtype == torch.int64 and code.shape == (len(box), CODES) and box.shape == (last - first, 4)
+        assert box[0].tolist() == [0, 0, *grid.shape]
+        assert box.tolist() == tokens.box[first:last].tolist()
+        assert 0 <= int(code.min()) and int(code.max()) < CODE_SIZE
+    assert len({tuple(row) for code, _ in codes for row in code.tolist()}) > 20
+    contexts = [tuple(grids[i:i + 3]) for i in range(20)]
+    z_hat = model.predict(contexts)
+    assert z_hat.shape == (20, z.shape[1]) and z_hat.dtype == torch.float32 and not z_hat.requires_grad
+    close(z_hat, torch.cat([model.predict([context]) for context in contexts]))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_any_integer_type_of_grid_gives_the_same_embedding(model, grids, dtype):
+    cast = [grid.astype(dtype) for grid in grids[:12]]
+    assert torch.equal(model.embed(cast), model.embed(grids[:12]))
+    assert torch.equal(model.predict([tuple(cast[:3])]), model.predict([tuple(grids[:3])]))
+
+
+def test_a_prediction_depends_on_each_grid_of_its_context_and_on_their_roles(model, grids):
+    a, b, c, d = grids[:4]
+    z_hat = model.predict([(a, b, c), (d, b, c), (a, d, c), (a, b, d), (a, c, b), (b, a, c)])
+    assert float((z_hat[1:] - z_hat[0]).abs().amax(1).min()) > 1e-3
+
+
+def test_evaluation_changes_nothing_in_the_model(grids):
+    for flags in ({}, {"code": "ema"}, {"objective": "infonce"}):
+        model, _ = make(**flags)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model.embed(grids), model.codes(grids), model.predict([tuple(grids[:3])])
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ shape comments
+
+
+def size_of(term, sizes):
+    """The value of an entry of a shape comment: `D`, `6`, `8 BYTES`, `R L`, `W / heads`, `T - 1`; None if it is no such thing."""
+    try:
+        return eval(re.sub(r"(?<=\w)\s+(?=\w)", "*", term.strip()), {"__builtins__": {}}, sizes)
+    except (NameError, SyntaxError, TypeError):
+        return None
+
+
+def claims(function):
+    """{last line of a statement: (names it assigns, its shape comment)} of assignments and returns whose comment is a shape."""
+    lines, first = inspect.getsourcelines(function)
+    tree = ast.parse(inspect.cleandoc("\n" + "".join(lines)) if not lines[0].startswith(" ") else "class _:\n" + "".join(lines))
+    shift = first - 1 - (1 if lines[0].startswith(" ") else 0)
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.Return)):
+            comment = re.search(r"# \(([^()]+)\)", lines[node.end_lineno + shift - first])
+            names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+            if comment and (names or isinstance(node, ast.Return)):
+                found[node.lineno + shift] = (node.end_lineno + shift, names, comment[1].split(","))
+    return found
+
+
+class Shapes:
+    """Runs functions with every shape comment compared to what its line gave; `checked` counts them by function."""
+
+    def __init__(self, functions, sizes):
+        self.claims = {f.__code__: claims(f) for f in functions}
+        self.sizes, self.checked, self.waiting = sizes, {}, {}
+
+    def compare(self, frame, value, terms):
+        sizes = [size_of(term, self.sizes) for term in terms]
+        if isinstance(value, torch.Tensor) and None not in sizes:
+            assert tuple(value.shape) == tuple(sizes), f"{frame.f_code.co_qualname}: the comment says ({', '.join(terms)}), the shape is {tuple(value.shape)}"
+            self.checked[frame.f_code.co_qualname] = self.checked.get(frame.f_code.co_qualname, 0) + 1
+
+    def trace(self, frame, event, result):
+        lines = self.claims.get(frame.f_code)
+        if not lines:
+            return None
+        if event in ("line", "return"):
+            before = self.waiting.pop(frame, None)
+            if before and event == "line" and before[0] <= frame.f_lineno <= before[1][0]:
+                self.waiting[frame] = before           # still inside a statement of several lines
+                return self.trace
+            if before:
+                names, terms = before[1][1:]
+                for value in [frame.f_locals[name] for name in names] if names else [result]:
+                    self.compare(frame, value, terms)
+            if event == "line" and frame.f_lineno in lines:
+                self.waiting[frame] = frame.f_lineno, lines[frame.f_lineno]
+        return self.trace
+
+    def __enter__(self):
+        self.old = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error):
+        sys.settrace(self.old)
+
+
+def methods(*classes):
+    return [f for cls in classes for f in vars(cls).values() if inspect.isfunction(f)]
+
+
+def test_shape_comments_of_sigreg_code_encoder_and_predictor_hold(monkeypatch):
+    size = lejepa.SIZES["small"]._replace(width=24, heads=3, hidden=40, dim=18, directions=14)
+    monkeypatch.setitem(lejepa.SIZES, "small", size)
+    model, cfg = make()
+    batch = arc_data.TaskSet(synthetic_tasks(21)).batch(30, 0, 0)
+    grids = batch.grids
+    sizes = dict(G=len(grids.first), U=len(grids.colour), R=grids.grid.shape[0], L=arc_data.SLOTS, W=size.width, D=size.dim, B=len(batch.index),
+                 heads=size.heads, m=HEADS, n_codes=CODES, T=lejepa.KNOTS, BYTES=arc_data.BYTES, P=getattr(size, "pooled", 0))
+    assert len({v for k, v in sizes.items() if k in "GURLWDB"}) == 7       # else a wrong letter could pass
+    encoding = Shapes(methods(lejepa.ObjectHead, lejepa.GaussianCode, lejepa.Block, lejepa.Encoder), sizes)
+    with encoding, torch.no_grad():
+        y = model.encoder(grids)[-1]
+        code, indices = model.encoder.code(y), model.encoder.code.indices(y)
+    predicting = Shapes(methods(lejepa.Predictor), sizes)
+    with predicting, torch.no_grad():
+        z, z_hat, _ = model(batch)
+    assert z.shape == (sizes["G"], size.dim) and z_hat.shape == (sizes["B"], size.dim)
+    assert y.shape == code.shape == (sizes["U"], HEADS) and indices.shape == (sizes["U"], CODES)
+    penalty = Shapes([*methods(lejepa.GaussianCode), sigreg, lejepa.EppsPulley.forward], sizes | dict(V=CODES, N=len(y), M=13))
+    with penalty:
+        value = model.encoder.code.penalty(y, unit(len(LEVELS), 13))
+    loose = Shapes([sigreg, lejepa.EppsPulley.forward], dict(V=2, N=11, M=13, D=6, T=lejepa.KNOTS))
+    with loose:
+        alone = sigreg(normal(2, 11, 6), unit(6, 13))
+    assert value.shape == alone.shape == ()
+    for watch, names in ((encoding, {"ObjectHead.forward", "Block.forward", "Encoder.relate"}), (predicting, {"Predictor.forward"}),
+                         (penalty, {"sigreg"}), (loose, {"sigreg", "EppsPulley.forward"})):
+        assert names <= set(watch.checked), (names, watch.checked)
+
+
+def test_a_wrong_shape_comment_is_noticed(tmp_path):
+    source, namespace = tmp_path / "wrong.py", {}
+    source.write_text("def f(x):\n    y = x.T  # (A, B)\n    return y\n")
+    exec(compile(source.read_text(), str(source), "exec"), namespace)
+    with pytest.raises(AssertionError, match="comment says"), Shapes([namespace["f"]], dict(A=2, B=3)):
+        namespace["f"](torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def test_the_loss_is_1_minus_lam_prediction_plus_lam_sigreg_and_nothing_else():
+    model, cfg = make(lam=0.3, dtype="fp32")
+    batch = arc_data.TaskSet(synthetic_tasks(22)).batch(30, 0, 0)
+    size = lejepa.SIZES[cfg.size]
+    with torch.no_grad():
+        loss, terms = lejepa.losses(model, model, batch, 5, cfg)
+        z, z_hat, y = model(batch)
+    prediction = np.mean((z_hat.double().numpy() - z[batch.index[:, 3]].double().numpy()) ** 2)
+    directions = lejepa.draw_directions(size.dim, size.directions, cfg, 5)
+    of_z = np.mean([quadrature(z[side::2], directions) for side in (0, 1)])                    # inputs, outputs
+    directions = lejepa.draw_directions(len(LEVELS), size.directions, cfg, 5)
+    of_codes = np.mean([quadrature(y[batch.objects, i * 5:i * 5 + 5], directions) for i in range(CODES)])
+    assert float(terms["prediction"]) == pytest.approx(prediction, rel=1e-4)
+    assert float(terms["sigreg"]) == pytest.approx((of_z + of_codes) / 2, rel=1e-4)
+    assert float(loss) == pytest.approx(0.7 * prediction + 0.3 * (of_z + of_codes) / 2, rel=1e-4)
+
+
+def test_gradient_of_the_prediction_flows_into_both_sides():
+    model, cfg = make(lam=0, dtype="fp32")
+    batch = arc_data.TaskSet(synthetic_tasks(22)).batch(30, 0, 0)
+    kept = {}
+
+    def forward(batch):
+        z, z_hat, y = model(batch)
+        kept.update(z=z.requires_grad_(), z_hat=z_hat.requires_grad_())
+        return z, z_hat, y
+    lejepa.losses(model, forward, batch, 0, cfg)[0].backward()
+    error = 2 * (kept["z_hat"] - kept["z"][batch.index[:, 3]]) / kept["z_hat"].numel()
+    torch.testing.assert_close(kept["z_hat"].grad, error.detach())
+    torch.testing.assert_close(kept["z"].grad, torch.zeros_like(kept["z"]).index_add(0, batch.index[:, 3], -error).detach())
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+def test_the_ema_codebook_follows_its_members_as_ten_plain_lines_do():
+    code, decay = lejepa.METHODS["ema"](), 0.99
+    width, first = len(LEVELS), normal(900, HEADS)
+    code.train()
+    code(first)
+    start = first[torch.linspace(0, 899, CODE_SIZE).long()]                # data start
+    for part in range(CODES):
+        vectors, members = start[:, part * width:(part + 1) * width].double().numpy(), np.ones(CODE_SIZE)
+        total = vectors.copy()
+        for y in (first,):
+            y = y[:, part * width:(part + 1) * width].double().numpy()
+            nearest = ((y[:, None] - vectors) ** 2).sum(2).argmin(1)
+            members = decay * members + (1 - decay) * np.bincount(nearest, minlength=CODE_SIZE)
+            total *= decay
+            np.add.at(total, nearest, (1 - decay) * y)
+            vectors = total / members[:, None]
+        np.testing.assert_allclose(code.vectors[part], vectors, atol=1e-4)
+
+
+def test_the_ema_codebook_stands_still_in_evaluation_and_is_no_parameter():
+    code = lejepa.METHODS["ema"]()
+    assert not list(code.parameters())
+    code.train()(normal(900, HEADS))
+    before, y = code.vectors.clone(), normal(100, HEADS, seed=1).requires_grad_()
+    read = code.eval()(y)
+    assert torch.equal(code.vectors, before)
+    for part in range(CODES):
+        mine = slice(part * len(LEVELS), (part + 1) * len(LEVELS))
+        nearest = ((y.detach()[:, None, mine] - before[part]) ** 2).sum(2).argmin(1)
+        torch.testing.assert_close(read[:, mine], before[part][nearest])
+        assert torch.equal(code.indices(y)[:, part], nearest)
+    read.sum().backward()
+    assert torch.equal(y.grad, torch.ones_like(y))
+    expected = 0.25 * (y - read.detach()).square().mean()                  # commitment pulls y, not the codebook
+    torch.testing.assert_close(code.penalty(y, None), expected)
+
+
+def test_infonce_is_the_cross_entropy_over_the_batch_and_the_queue():
+    model, cfg = make(objective="infonce", dtype="fp32")
+    objective, data = model.objective, arc_data.TaskSet(synthetic_tasks(23))
+    model.train()
+    kept = []
+    for step in range(3):
+        batch = data.batch(30, 0, step)
+        with torch.no_grad():
+            z, z_hat, _ = model(batch)
+            loss, regulariser = objective(model, z, z_hat, batch, None)
+            keys = F.normalize(objective.target(batch.grids)[0][1::2], dim=-1)
+        temperature = float(objective.log_temperature.exp())
+        pool = torch.cat([keys, *kept])
+        logits = F.normalize(z_hat, dim=-1) @ pool.T / temperature
+        chosen = batch.index[:, 3] // 2
+        expected = (logits.logsumexp(1) - logits[torch.arange(len(chosen)), chosen]).mean()
+        assert 0.05 <= temperature <= 0.20 and float(loss) == pytest.approx(float(expected), rel=0.02) and float(regulariser) == 0
+        kept.append(keys)
+    assert int(objective.filled) == sum(map(len, kept))
+
+
+def test_no_code_passes_y_on_as_it_is():
+    code, y = lejepa.METHODS["none"](), normal(9, HEADS)
+    assert code(y) is y and code.indices(y).shape == (9, 0) and float(code.penalty(y, None)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ the process
+
+
+def test_importing_a_module_changes_nothing_in_the_process():
+    script = """
+import json, os, random, signal, sys, warnings, locale, threading
+import numpy as np, torch
+def state():
+    return [torch.get_num_threads(), torch.get_num_interop_threads(), [str(signal.getsignal(s)) for s in signal.valid_signals()], dict(os.environ), os.getcwd(),
+            torch.get_rng_state().tolist(), [str(x) for x in np.random.get_state()], str(random.getstate()), torch.get_default_dtype().__str__(),
+            torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), threading.active_count(),
+            str(warnings.filters), np.geterr(), sys.getrecursionlimit(), locale.setlocale(locale.LC_ALL), os.listdir()]
+before = state()
+import arc_data, eval, lejepa
+assert state() == before, [(a, b) for a, b in zip(before, state()) if a != b]
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+@pytest.mark.parametrize("content", [None, {}, {"last.safetensors": b"", "previous.safetensors": b"x" * 99}, {"config.json": b"{}"}])
+def test_load_run_of_a_folder_without_a_run_is_a_value_error(tmp_path, content):
+    folder = tmp_path / "run"
+    if content is not None:
+        folder.mkdir()
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
+        load_run(folder)
+    assert "\n" not in str(error.value)
