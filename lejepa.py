@@ -291,6 +291,9 @@ class GaussianCode(nn.Module):
         return sigreg(y.unflatten(-1, (CODES, len(LEVELS))).transpose(0, 1), directions)            # views (n_codes, N, 5)
 
 
+DROPOUT = 0.1                                          # of what a block adds; there are 600 tasks to learn from
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP. Rows are short, so attention is spelled out: in bf16 on a CPU that is 4 x the fused kernel's speed."""
 
@@ -300,6 +303,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(DROPOUT)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (R, L, W); bias (R, 1, L, L), 0 where a slot may look and -inf where not."""
@@ -307,8 +311,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                                      # (R, heads, L, L)
         attended = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v          # (R, heads, L, W / heads)
-        x = x + self.out(attended.transpose(1, 2).reshape(rows, slots, width))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(rows, slots, width)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 def head(inputs: int, size: Size) -> nn.Sequential:
@@ -489,6 +493,7 @@ def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config)
 
     `forward` is the model or its compiled form.
     """
+    torch.manual_seed(cfg.seed * 1_000_003 + step)                     # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
