@@ -10,6 +10,7 @@ Objects are found once; the 8 symmetries and any permutation of the 10 colours a
 """
 import hashlib
 import json
+import math
 import time
 import warnings
 from pathlib import Path
@@ -149,7 +150,8 @@ def without_leaks(tasks, held_out):
     """Tasks that share no pair with a held-out task, up to symmetry and colour, and the ids of those that left."""
     seen = {canonical_pair(pair) for task in held_out.values() for pair in pairs_of(task)}
     leaks = [i for i, task in tasks.items() if i in held_out or any(canonical_pair(pair) in seen for pair in pairs_of(task))]
-    return {i: task for i, task in tasks.items() if i not in set(leaks)}, leaks
+    left = set(tasks).difference(leaks)
+    return {i: task for i, task in tasks.items() if i in left}, leaks
 
 
 def split(data: str, validate: str | None):
@@ -346,8 +348,8 @@ class TokenTable:
     The tables lie on the device; the small index arrays that say what fills each slot are worked out on the host.
     """
 
-    def __init__(self, grids, device="cpu", objects: int = OBJECTS, turned: bool = True):
-        tokens = tokenise(grids, objects)
+    def __init__(self, grids, device="cpu", turned: bool = True):
+        tokens = tokenise(grids)
         self.start, self.cut, self.device, self.colour, self.shape = tokens.start, tokens.cut, device, tokens.colour, tokens.shape
         bits = np.unpackbits(tokens.bitmaps, axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE)
         rows = np.concatenate([np.packbits(_turn_shapes(bits, tokens.extent, symmetry).reshape(-1, SIDE * SIDE), 1)
@@ -419,16 +421,17 @@ class TaskSet:
     def __init__(self, tasks: dict[str, Task], device="cpu", pairs: int = 3, augment: bool = True):
         tasks = {i: task for i, task in tasks.items() if len(pairs_of(task)) > 1}
         sides = [[side for pair in pairs_of(task) for side in pair] for task in tasks.values()]
-        self.pairs, self.augment = pairs, augment
+        self.augment = augment
         self.sizes = np.array([len(side) // 2 for side in sides])                 # pairs of each task
+        self.pairs = min(pairs, self.sizes.max())
         self.starts = np.cumsum(2 * self.sizes) - 2 * self.sizes                  # first grid of each task
         self.table = TokenTable([grid for side in sides for grid in side], device)
         self.windows = int((self.sizes * (self.sizes - 1)).sum())
 
     def batch(self, size: int, seed: int, step: int) -> Batch:
-        """About `size` windows; see the class."""
+        """`size` windows, fewer where a task has fewer than P pairs; see the class."""
         random = np.random.default_rng([seed, step])
-        count = max(1, size // (self.pairs * (self.pairs - 1)))
+        count = math.ceil(size / (self.pairs * (self.pairs - 1)))
         tasks = random.choice(len(self.sizes), count)
         keys = random.random((count, self.sizes.max()))
         keys[np.arange(keys.shape[1]) >= self.sizes[tasks, None]] = 2             # no such pair
@@ -444,14 +447,14 @@ class TaskSet:
         a, b = (x.ravel() for x in np.meshgrid(pairs, pairs, indexing="ij"))
         first, second = (x[None] + each // 2 * np.arange(count)[:, None] for x in (a, b))
         real = ((a != b) & (np.maximum(a, b) < self.sizes[tasks, None])).ravel()
-        first, second = first.ravel()[real], second.ravel()[real]
+        first, second = first.ravel()[real][:size], second.ravel()[real][:size]
         index = np.stack([2 * first, 2 * first + 1, 2 * second, 2 * second + 1], 1)
         if self.augment:
             back = (random.random(count) < EXCHANGED)[index[:, 0] // each]
             index[back] = index[back][:, [1, 0, 3, 2]]
         gathered = self.table.gather(grids, symmetry, colours)
         objects = random.permutation(len(gathered.colour))[:len(grids)]
-        return Batch(gathered, *(torch.from_numpy(x).to(self.table.device) for x in (index, objects)))
+        return Batch(gathered, *(torch.from_numpy(x).to(self.table.device, non_blocking=True) for x in (index, objects)))
 
 
 # ---------------------------------------------------------------------------------------------- the command

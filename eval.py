@@ -286,10 +286,11 @@ def effective_ranks(z_hat: Tensor, target: Tensor, seed: int = 0) -> dict[str, f
 
 
 @torch.no_grad()
-def quick(model, windows: Windows, limit: int = 1024, seed: int = 0) -> dict[str, float]:
-    """Retrieval on a seeded sample of `limit` windows, against the whole pool; for a look during training."""
+def quick(model, windows: Windows, pool: Tensor | None = None, limit: int = 1024, seed: int = 0) -> dict[str, float]:
+    """Retrieval on a seeded sample of `limit` windows, against the whole pool (P, D), if at hand; for a look during training."""
     rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit]))
-    pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()  # (P, D)
+    if pool is None:
+        pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()  # (P, D)
     z_hat = model.predict(contexts(windows, rows.numpy())).float().cpu()  # (limit, D)
     target = pool[find_targets(windows).out2[rows]]
     values = retrieval(z_hat, pool, windows, rows=rows)
@@ -409,10 +410,9 @@ def draw(grid: np.ndarray, side: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def picture(model, windows: Windows, rows: int = 6, top: int = 3, side: int = 90, seed: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8: a line a window, with in1, out1, in2, a gap, the truth, a gap, and the `top` outputs nearest to z_hat."""
+def picture(model, windows: Windows, pool: Tensor, rows: int = 6, top: int = 3, side: int = 90, seed: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8: a line a window, with in1, out1, in2, a gap, the truth, a gap, and the `top` of pool (P, D) nearest to z_hat."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(windows.index))[:rows])
-    pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
     near = windows.outputs[torch.cdist(model.predict(contexts(windows, chosen)).float().cpu(), pool).argsort(1)[:, :top].numpy()]
     lines = []
     for row, best in zip(chosen, near):
@@ -503,6 +503,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def warn_of_leaks(cfg, source: str, tasks: dict):
+    """Says on stderr how many tasks the run was trained on, up to symmetry and colour."""
+    trained, _, _ = arc_data.split(cfg.data, cfg.validate)
+    shared = arc_data.without_leaks(tasks, trained)[1]
+    if shared:
+        print(f"{len(shared)} of the {len(tasks)} tasks of {source} share a pair with the training tasks: not unseen", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="eval.py", description="Next-grid retrieval of a run's frozen encoder, beside what no learning scores.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="a folder that lejepa.py wrote")
@@ -513,7 +521,9 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or args.run
     try:
         model, cfg = load_run(args.run)
-        windows = arc_data.make_windows(arc_data.load_tasks(args.data))
+        tasks = arc_data.load_tasks(args.data)
+        windows = arc_data.make_windows(tasks)
+        warn_of_leaks(cfg, args.data, tasks)
         out.mkdir(parents=True, exist_ok=True)
         result, _ = evaluate(model, windows, untrained=build(cfg).eval())
         write_json(out / "eval.json", eval_json(result))

@@ -5,8 +5,9 @@ as z. From the embeddings of (in1, out1, in2) a predictor says z of out2. Both a
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
 
-SIGReg keeps the distribution of embeddings at N(0, I), so that nothing collapses. The same test on y, the numbers behind the
-codes, makes their Gaussian quantiles equally likely. There is no teacher, stop-gradient, queue, schedule of weights or codebook.
+SIGReg(z), the mean over the roles input, output and z_hat, keeps the distribution of embeddings at N(0, I), so that nothing
+collapses. The same test on y, the numbers behind the codes, makes their Gaussian quantiles equally likely. There is no teacher,
+stop-gradient, queue, schedule of weights or codebook.
 
     B windows in a batch   G grids   U distinct objects   R rows of L token slots   W width   D embedding width
     V views   N samples of a view   M directions   T knots
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 
 import arc_data
 import eval as evaluation
-from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable, Windows, make_windows
+from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable, make_windows
 
 # ------------------------------------------------------------------------------------------------------------ 1 Config
 
@@ -62,7 +63,7 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 512, 1500, 384, 6e-3),
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 512, 1000, 384, 6e-3),
          "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 20000, 1536, 4e-3),
          "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 40000, 3072, 2e-3)}
 
@@ -74,10 +75,10 @@ class Config:
     run: str = None                    # folder of the run's record (default: runs/<time>-<size>-<objective>)
     size: str = None                   # small, base or large (default: base on a GPU, small without one)
     steps: int = None                  # training steps (default: the size's own)
-    batch_size: int = None             # windows a step, in sixes: three pairs of a task give six (default: the size's own)
+    batch_size: int = None             # windows a step; three pairs of a task give six (default: the size's own)
     lr: float = None                   # peak learning rate (default: the size's own)
-    weight_decay: float = 0.05         # decoupled weight decay of matrices
-    lam: float = 0.1                   # weight of SIGReg; 1 - lam is the weight of the prediction
+    weight_decay: float = 0.5          # decoupled weight decay of matrices
+    lam: float = 0.3                   # weight of SIGReg; 1 - lam is the weight of the prediction
     seed: int = 0                      # of weights, batches and directions
     device: str = "auto"               # auto, cpu or cuda
     dtype: str = "bf16"                # bf16 (autocast, fp32 weights) or fp32
@@ -90,19 +91,14 @@ class Config:
 
 CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
            "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
-LIMITS = {"steps": (1, None), "batch_size": (12, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
+LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
 FREE_TO_CHANGE = ("run", "resume", "steps")            # flags that a resumed run may give anew
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):                     # one line, exit status 2
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse_flags(argv: list[str] | None = None) -> Config:
     """Config from the command line. A field's comment is its help text; what is not given falls to the size's default."""
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    parser = Parser(prog="lejepa.py", description="Train LeJEPA with discrete codes on ARC and evaluate it on unseen tasks.", allow_abbrev=False)
+    parser = evaluation.Parser(prog="lejepa.py", description="Train LeJEPA with discrete codes on ARC and evaluate it on unseen tasks.", allow_abbrev=False)
     for field in dataclasses.fields(Config):
         flag, text = "--" + field.name.replace("_", "-"), helps[field.name]
         if field.type is bool:
@@ -123,8 +119,10 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         parser.error("--profile would be ignored: with --resume the run goes on; profile in a folder of its own")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    if args.code == "none" and args.objective == "infonce" and args.lam != Config.lam:
-        parser.error(f"--lam {args.lam} would be ignored: neither --code none nor --objective infonce has a SIGReg term")
+    if args.code != "gaussian" and args.objective == "infonce" and args.lam != Config.lam:
+        parser.error(f"--lam {args.lam} would be ignored: neither --code {args.code} nor --objective infonce has a SIGReg term")
+    if args.code == "ema" and args.lam == 0:
+        parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small one instead")
     return settle(args)
 
 
@@ -217,7 +215,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
     """(dim, count) unit columns, a function of seed and step alone; drawn on the CPU, so the same on every device."""
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))          # a stream of its own
     return F.normalize(torch.randn(dim, count, generator=generator), dim=0).to(cfg.device, non_blocking=True)
 
 
@@ -421,6 +419,9 @@ class LeJEPA(nn.Module):
         return self.predictor.role.device
 
     def _chunks(self, grids):
+        for i, grid in enumerate(grids):
+            if grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or grid.min() < 0 or grid.max() > 9:
+                raise ValueError(f"grid {i} has shape {grid.shape}; a grid is 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
         table = TokenTable(grids, self.device, turned=False)
         for first in range(0, len(grids), self.CHUNK):
             yield table.gather(np.arange(first, min(first + self.CHUNK, len(grids))))
@@ -482,14 +483,15 @@ def losses(model, forward, batch: Batch, step: int, cfg: Config) -> tuple[Tensor
     with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
         z, z_hat, y = forward(batch)
     prediction, of_z, of_z_hat = model.objective(model, z, z_hat, batch, draw_directions(size.dim, size.directions, cfg, step))
-    of_codes = model.encoder.code.penalty(y[batch.objects], draw_directions(len(LEVELS), size.directions // 4, cfg, step))
+    five = draw_directions(len(LEVELS), size.directions // 4, cfg, step)                            # fewer cover five dimensions
+    of_codes = model.encoder.code.penalty(y[batch.objects], five)
     regulariser = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2           # roles in, out and z_hat; and the numbers behind the codes
     loss = (1 - cfg.lam) * prediction + cfg.lam * regulariser
     return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_z_hat": of_z_hat, "sigreg_codes": of_codes}
 
 
 def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors on the device and waits for nothing.
+    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing.
 
     `forward` is the model or its compiled form.
     """
@@ -514,10 +516,11 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
         batch = data.batch(cfg.batch_size, cfg.seed, step)             # a function of seed and step alone, so a run can resume
         metrics = train_step(model, forward, optimizers, batch, step, cfg)
         done = step + 1
-        log.count(metrics, len(batch.index))
+        log.count(metrics, batch)
         look = done % look_every(cfg) == 0 or done == cfg.steps
-        if look or done % LOG_EVERY == 0:
-            log.write(done, metrics, log.look(done, model) if look else {})    # the only line that waits for the device
+        if look or log.stop or done % LOG_EVERY == 0:
+            values = log.read(done, metrics)           # the only line that waits for the device
+            log.write(done, values, log.look(done, model) if look else {})
         if look or log.stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
         if log.stop:
@@ -530,7 +533,7 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
 LOG_EVERY = 10
 NULL_STEPS = 100                                       # training SIGReg is averaged over the last of these
 TRAINING_LOOK = 100                                    # training tasks that each look is also taken at, beside the unseen ones
-DIFFERENT = "the run in {} was made with --{} {}; to go on with it give the same, or train in another --run folder"
+DIFFERENT = "the run in {} was made with {} = {}, not {}; to go on with it give the same, or train in another --run folder"
 
 
 def look_every(cfg: Config) -> int:
@@ -541,39 +544,55 @@ def look_every(cfg: Config) -> int:
 class RunLog:
     """The record of a run: one line for the eye, the same in log.jsonl and TensorBoard, figures on unseen tasks, result.json."""
 
-    def __init__(self, cfg: Config, tasks: dict, held_out: dict, windows: int, start: int = 0, state: dict | None = None):
+    def __init__(self, cfg: Config, tasks: dict, held_out: dict, windows: int, start: int, state: dict | None, begin: float):
         from torch.utils.tensorboard import SummaryWriter              # slow to import, and only a run needs it
         self.cfg, self.folder, self.start, self.stop = cfg, Path(cfg.run), start, 0
         self.unseen, self.epoch = make_windows(held_out), windows
         self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
         self.held_out = TaskSet(held_out, cfg.device, augment=False)
         self.objects = TokenTable(self.unseen.grids, cfg.device, turned=False).gather(np.arange(len(self.unseen.grids)))
-        self.last = {"windows": 0, "seconds": 0.0, "sigregs": []} | (state or {})
-        self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, time.monotonic()
+        self.last = {"windows": 0, "seconds": 0.0, "sigregs": [], "grad_sum": 0.0, "grad_max": 0.0} | (state or {})
+        self.grad_sum, self.grad_max = (torch.tensor(self.last[name], device=cfg.device) for name in ("grad_sum", "grad_max"))
+        self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, begin
         self.windows, self.mark = self.last["windows"], (self.last["windows"], time.monotonic())
         if start:
-            keep = [line for line in (self.folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
-            write_whole(self.folder / "log.jsonl", "".join(line + "\n" for line in keep).encode())
+            lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
+            keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]   # a cut line has no end
+            write_whole(self.folder / "log.jsonl", "".join(keep).encode())
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
     def state(self) -> dict:
         """What a resumed run needs to count on from here."""
-        return {"windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs]}
+        return {"windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
+                "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max)}
 
     def seconds(self) -> float:
         return self.last["seconds"] + time.monotonic() - self.begin
 
-    def count(self, metrics: dict, windows: int):
-        self.sigregs.append(metrics["sigreg_z"])
-        self.windows += windows
+    def close(self):
+        self.board.close()
+        self.lines.close()
 
-    def write(self, step: int, metrics: dict, figures: dict):
-        """One line for the eye and one for programs. Ends the run if a term is not a number."""
+    def count(self, metrics: dict, batch: Batch):
+        """Adds up what is reported at the end; waits for nothing."""
+        self.sigregs.append(metrics["sigreg_z"])
+        self.grad_sum = self.grad_sum + metrics["grad_norm"]
+        self.grad_max = torch.maximum(self.grad_max, metrics["grad_norm"])
+        self.windows += len(batch.index)
+        self.samples = len(batch.grids.first) // 2     # a view's
+
+    def read(self, step: int, metrics: dict) -> dict[str, float]:
+        """The terms of a step as numbers. Ends the run if one is not a number."""
         values = {name: float(value) for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise SystemExit(f"not a number at step {step} ({terms}); the last checkpoint in {self.folder} is whole")
+            saved = step - 1 - (step - 1) % look_every(self.cfg)
+            raise SystemExit(f"not a number at step {step} ({terms}); " + (f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"))
+        return values
+
+    def write(self, step: int, values: dict, figures: dict):
+        """One line for the eye, and one for programs."""
         windows, since = self.mark
         rate = (self.windows - windows) / (time.monotonic() - since - self.looking)
         self.mark, self.looking = (self.windows, time.monotonic()), 0.0
@@ -593,7 +612,8 @@ class RunLog:
         """Figures on unseen tasks, and on some training tasks beside them (prefixed train_)."""
         begin = time.monotonic()
         model.eval()
-        figures = evaluation.quick(model, self.unseen)
+        pool = model.embed([self.unseen.grids[i] for i in self.unseen.outputs]).cpu()
+        figures = evaluation.quick(model, self.unseen, pool)
         figures = {("validation_" if name == "prediction" else "") + name: value for name, value in figures.items()}
         figures |= {"train_" + name: value for name, value in evaluation.quick(model, self.seen).items() if name in ("ndcg10_without_out1", "within_task")}
         figures["validation_loss"] = float(self.validation_loss(model))
@@ -601,7 +621,7 @@ class RunLog:
         figures |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
         for position, column in enumerate(codes.T):
             self.board.add_histogram(f"codes/{position}", column, step, bins=64)
-        self.board.add_image("unseen windows", evaluation.picture(model, self.unseen), step, dataformats="HWC")
+        self.board.add_image("unseen windows", evaluation.picture(model, self.unseen, pool), step, dataformats="HWC")
         model.train()
         self.looking += time.monotonic() - begin
         return figures
@@ -628,12 +648,13 @@ class RunLog:
         rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         result |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
         result |= {"sigreg_over_null": float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL,
-                   "sigreg_n": self.cfg.batch_size // 2, "loss": float(self.validation_loss(model)),
+                   "sigreg_n": self.samples, "loss": float(self.validation_loss(model)),
                    "validation_windows": len(self.unseen.index), "steps": steps, "windows": self.windows, "epochs": self.windows / self.epoch,
-                   "grad_norm_mean": float(np.mean([row["grad_norm"] for row in rows])), "grad_norm_max": max(row["grad_norm"] for row in rows),
+                   "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
                    "seconds": self.seconds(), "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": describe_device(self.cfg.device)}
         write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        evaluation.plot_run(self.folder)
         print(evaluation.table(result) + "\n")
         for name, value in result.items():
             if not isinstance(value, dict):
@@ -689,7 +710,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
             return tensors, found
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
-    raise ValueError(f"no checkpoint that can be read: {'; '.join(problems)}")
+    raise ValueError(f"{folder}: no checkpoint that can be read ({'; '.join(problems)}); train again in another --run folder")
 
 
 def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
@@ -698,7 +719,9 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     for name, value in found["config"].items():
         if name not in FREE_TO_CHANGE and now.get(name) != value:
-            raise ValueError(DIFFERENT.format(cfg.run, name.replace("_", "-"), value))
+            raise ValueError(DIFFERENT.format(cfg.run, name, value, now.get(name)))
+    if found["step"] > cfg.steps:
+        raise ValueError(f"--steps {cfg.steps}: the run in {cfg.run} is at step {found['step']} already")
     if found["config"]["steps"] != cfg.steps:
         print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here", file=sys.stderr)
     load_weights(model, tensors)
@@ -725,8 +748,11 @@ def load_run(path) -> tuple["LeJEPA", Config]:
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such folder; give the folder of a run that lejepa.py wrote")
     tensors, found = read_checkpoint(Path(path))
-    cfg = Config(**found["config"])
-    model = build(cfg)
+    try:
+        cfg = Config(**found["config"])
+        model = build(cfg)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: made by another version of lejepa.py: {error}") from None
     load_weights(model, tensors)
     return model.eval().requires_grad_(False), cfg
 
@@ -773,6 +799,10 @@ class EMACode(nn.Module):
     def nearest(self, y: Tensor) -> Tensor:
         return torch.cdist(self.split(y), self.vectors).argmin(-1)                                  # (n_codes, U)
 
+    def read(self, chosen: Tensor) -> Tensor:
+        """(n_codes, U) -> (U, m): the vectors chosen."""
+        return self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
+
     def forward(self, y: Tensor) -> Tensor:
         if self.training and not self.started:
             rows = torch.linspace(0, len(y) - 1, CODE_SIZE, device=y.device).long()
@@ -780,7 +810,7 @@ class EMACode(nn.Module):
             self.total.copy_(self.vectors)
             self.started.fill_(True)
         chosen = self.nearest(y)
-        mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
+        mean = self.read(chosen)
         if self.training:
             self.follow(y, chosen)
         return mean + (y - y.detach())
@@ -798,9 +828,7 @@ class EMACode(nn.Module):
 
     def penalty(self, y: Tensor, directions: Tensor) -> Tensor:
         """Commitment: the squared distance of y to its vector, 0.25 of it in the loss whatever lam is."""
-        chosen = self.nearest(y)
-        mean = self.vectors.gather(1, chosen[..., None].expand(-1, -1, len(LEVELS))).transpose(0, 1).flatten(1)
-        return self.weight * (y - mean).square().mean()
+        return self.weight * (y - self.read(self.nearest(y))).square().mean()
 
 
 class InfoNCE(nn.Module):
@@ -814,6 +842,9 @@ class InfoNCE(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.target = copy.deepcopy(model.encoder).requires_grad_(False)
+        for part in self.target.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0                           # keys are not noised
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
         self.register_buffer("queue", torch.zeros(self.QUEUE, model.encoder.projector[-1].out_features))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
@@ -848,8 +879,9 @@ METHODS = {"gaussian": lambda cfg: GaussianCode(), "ema": lambda cfg: EMACode(cf
 
 def build(cfg: Config) -> LeJEPA:
     """The model of a Config with its seed's weights, on the CPU."""
-    torch.manual_seed(cfg.seed)
-    return LeJEPA(SIZES[cfg.size], METHODS[cfg.code](cfg), METHODS[cfg.objective])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return LeJEPA(SIZES[cfg.size], METHODS[cfg.code](cfg), METHODS[cfg.objective])
 
 
 # ------------------------------------------------------------------------------------------------------------- 8 Entry
@@ -861,8 +893,17 @@ def keep_large_blocks():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    for option in (-1, -3):                            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        mallopt(option, 1 << 30)
+    mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
+    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take 32 MB at most
+
+
+def commit() -> str:
+    """The commit this file stands at, marked -dirty if it was edited since; empty without git."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
 
 
 def open_folder(cfg: Config):
@@ -871,12 +912,12 @@ def open_folder(cfg: Config):
     if cfg.resume and not folder.is_dir():
         raise ValueError(f"--resume: there is no folder {cfg.run}")
     if not cfg.resume and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--run {cfg.run} is not empty; add --resume to go on with it, or name another folder")
+        way_out = "add --resume to go on with it, or name another folder" if any(folder.glob("*.safetensors")) else "name another folder"
+        raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     if not cfg.resume:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         record = dataclasses.asdict(cfg) | SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
-        record |= {"command": " ".join(["python", *sys.argv]), "commit": commit.stdout.strip(), "device_name": describe_device(cfg.device),
+        record |= {"command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
                    "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_whole(folder / "config.json", json.dumps(record, indent=1).encode())
 
@@ -895,22 +936,23 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
     print(f"trace: {Path(cfg.run) / 'profile'}; open it with: tensorboard --logdir {cfg.run}, or in Perfetto")
 
 
-def run(cfg: Config) -> int:
-    begin = time.monotonic()
+def prepare(cfg: Config):
+    """Everything that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
     tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
     open_folder(cfg)
     data = TaskSet(tasks, cfg.device)
+    cut = data.table.cut
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
-          f"{len(held_out)} validation tasks; {int((data.table.cut > 0).sum())} of {len(data.table.cut)} training grids cut at "
-          f"{arc_data.OBJECTS} objects ({int(data.table.cut.sum())} objects)", flush=True)
+          f"{len(held_out)} validation tasks; {(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects ({cut.sum()} objects)", flush=True)
     model = build(cfg).to(cfg.device)
     optimizers = make_optimizers(model, cfg)
-    if cfg.profile:
-        profile(model, optimizers, data, cfg)
-        return 0
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
-    log = RunLog(cfg, tasks, held_out, data.windows, start, state)
-    log.begin = begin
+    return tasks, held_out, data, model, optimizers, start, state
+
+
+def run(cfg: Config, begin: float, tasks: dict, held_out: dict, data: TaskSet, model, optimizers, start: int, state: dict | None) -> int:
+    """Trains, evaluates and records. Returns the exit status."""
+    log = RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
 
     def ask_to_stop(number, frame):                    # the step in hand is finished; a second signal leaves at once
         log.stop = number
@@ -918,22 +960,30 @@ def run(cfg: Config) -> int:
             signal.signal(sign, signal.SIG_DFL)
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, ask_to_stop)
-    steps = train(model, optimizers, data, log, cfg, start)
-    if log.stop:
-        print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
-        return 128 + log.stop
-    log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+    try:
+        steps = train(model, optimizers, data, log, cfg, start)
+        if log.stop:
+            print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
+            return 128 + log.stop
+        log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+    finally:
+        log.close()
     return 0
 
 
 def main():
+    begin = time.monotonic()
     keep_large_blocks()
     cfg = parse_flags()
     try:
-        sys.exit(run(cfg))
+        prepared = prepare(cfg)
     except (ValueError, OSError) as error:
         print(f"lejepa.py: {error}", file=sys.stderr)
         sys.exit(2)
+    if cfg.profile:
+        _, _, data, model, optimizers, _, _ = prepared
+        sys.exit(profile(model, optimizers, data, cfg))
+    sys.exit(run(cfg, begin, *prepared))
 
 
 if __name__ == "__main__":
