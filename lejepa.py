@@ -533,7 +533,7 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
 LOG_EVERY = 10
 NULL_STEPS = 100                                       # training SIGReg is averaged over the last of these
 TRAINING_LOOK = 100                                    # training tasks that each look is also taken at, beside the unseen ones
-DIFFERENT = "the run in {} was made with {} = {}, not {}; to go on with it give the same, or train in another --run folder"
+DIFFERENT = "--{} is {} now, and the run in {} was made with {}; give the same to go on with it, or train in another --run folder"
 
 
 def look_every(cfg: Config) -> int:
@@ -719,7 +719,7 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     for name, value in found["config"].items():
         if name not in FREE_TO_CHANGE and now.get(name) != value:
-            raise ValueError(DIFFERENT.format(cfg.run, name, value, now.get(name)))
+            raise ValueError(DIFFERENT.format(name.replace("_", "-"), now.get(name), cfg.run, value))
     if found["step"] > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {cfg.run} is at step {found['step']} already")
     if found["config"]["steps"] != cfg.steps:

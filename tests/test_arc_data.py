@@ -508,6 +508,14 @@ def test_a_batch_depends_on_seed_and_step_alone(crowd):
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
 
 
+def test_a_batch_holds_as_many_windows_as_were_asked_for(tmp_path):
+    tasks = synthetic_tasks(3, pairs=(4, 6))
+    for size in (2, 6, 7, 100):
+        assert len(TaskSet(tasks).batch(size, 0, 0).index) == size
+    tasks = synthetic_tasks(3, pairs=(2, 3))           # two pairs each
+    assert len(TaskSet(tasks).batch(10, 0, 0).index) == 10
+
+
 def test_random_objects_of_a_batch_are_distinct_objects_of_it(crowd):
     batch = TaskSet(crowd).batch(48, 0, 0)
     assert len(set(batch.objects.tolist())) == len(batch.objects) <= len(batch.grids.first)

@@ -500,10 +500,12 @@ def test_the_loss_is_1_minus_lam_prediction_plus_lam_sigreg_and_nothing_else(mon
         z, z_hat, y = model(batch)
     prediction = np.mean((z_hat.double().numpy() - z[batch.index[:, 3]].double().numpy()) ** 2)
     of_z = np.mean([quadrature(z[side::2], drawn[z.shape[1]]) for side in (0, 1)])             # inputs, outputs
+    of_z_hat = quadrature(z_hat, drawn[z.shape[1]])
     of_codes = np.mean([quadrature(y[batch.objects, i * 5:i * 5 + 5], drawn[5]) for i in range(CODES)])
     assert float(terms["prediction"]) == pytest.approx(prediction, rel=1e-4)
-    assert float(terms["sigreg"]) == pytest.approx((of_z + of_codes) / 2, rel=1e-4)
-    assert float(loss) == pytest.approx(0.7 * prediction + 0.3 * (of_z + of_codes) / 2, rel=1e-4)
+    expected = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2
+    assert float(terms["sigreg"]) == pytest.approx(expected, rel=1e-4)
+    assert float(loss) == pytest.approx(0.7 * prediction + 0.3 * expected, rel=1e-4)
 
 
 def test_gradient_of_the_prediction_flows_into_both_sides():
@@ -531,6 +533,7 @@ def test_a_step_repeated_on_two_threads_gives_the_same_bits():
         first = None
         for _ in range(6):
             model.zero_grad()
+            torch.manual_seed(0)                       # the same dropout
             lejepa.losses(model, model, batch, 0, cfg)[0].backward()
             grads = {name: p.grad.clone() for name, p in model.named_parameters()}
             first = first or grads
@@ -539,11 +542,22 @@ def test_a_step_repeated_on_two_threads_gives_the_same_bits():
         torch.set_num_threads(threads)
 
 
+def test_a_step_depends_on_seed_and_step_alone_not_on_what_was_drawn_before():
+    batch, found = arc_data.TaskSet(synthetic_tasks(24)).batch(24, 0, 3), []
+    for drawn in (0, 7):
+        model, cfg = make(dtype="fp32")
+        model.train().requires_grad_()
+        torch.rand(drawn + 1)
+        metrics = lejepa.train_step(model, model, lejepa.make_optimizers(model, cfg), batch, 3, cfg)
+        found.append([*(value.item() for value in metrics.values()), *(p.sum().item() for p in model.parameters())])
+    assert found[0] == found[1]
+
+
 # ------------------------------------------------------------------------------------------------ variants
 
 
 def test_the_ema_codebook_follows_its_members_as_ten_plain_lines_do():
-    code, decay = lejepa.METHODS["ema"](), 0.99
+    code, decay = lejepa.EMACode(lam=0.5), 0.99
     width, first = len(LEVELS), normal(900, HEADS)
     code.train()
     code(first)
@@ -562,7 +576,7 @@ def test_the_ema_codebook_follows_its_members_as_ten_plain_lines_do():
 
 
 def test_the_ema_codebook_stands_still_in_evaluation_and_is_no_parameter():
-    code = lejepa.METHODS["ema"]()
+    code = lejepa.EMACode(lam=0.5)
     assert not list(code.parameters())
     code.train()(normal(900, HEADS))
     before, y = code.vectors.clone(), normal(100, HEADS, seed=1).requires_grad_()
@@ -576,32 +590,40 @@ def test_the_ema_codebook_stands_still_in_evaluation_and_is_no_parameter():
     read.sum().backward()
     assert torch.equal(y.grad, torch.ones_like(y))
     expected = 0.25 * (y - read.detach()).square().mean()                  # commitment pulls y, not the codebook
-    torch.testing.assert_close(code.penalty(y, None), expected)
+    torch.testing.assert_close(0.5 / 2 * code.penalty(y, None), expected)  # `losses` weighs it by lam / 2
 
 
 def test_infonce_is_the_cross_entropy_over_the_batch_and_the_queue():
     model, cfg = make(objective="infonce", dtype="fp32")
     objective, data = model.objective, arc_data.TaskSet(synthetic_tasks(23))
+    assert [part.p for part in objective.target.modules() if isinstance(part, torch.nn.Dropout)] == [0.0] * 4   # keys are not noised
     model.train()                                      # batch statistics too: the average and the queue move in training alone
     kept = []
     for step in range(3):
         batch = data.batch(30, 0, step)
         with torch.no_grad():
             z, z_hat, _ = model(batch)
-            loss, regulariser = objective(model, z, z_hat, batch, None)
+            loss, *regularisers = objective(model, z, z_hat, batch, None)
             targets = F.normalize(objective.target(batch.grids)[0], dim=-1)
         temperature = float(objective.log_temperature.exp())
         keys, query = targets[batch.index[:, 3].unique()], F.normalize(z_hat, dim=-1) / temperature
         logits = query @ torch.cat([keys, *kept]).T
         expected = (logits.logsumexp(1) - (query * targets[batch.index[:, 3]]).sum(1)).mean()
-        assert 0.05 <= temperature <= 0.20 and float(loss) == pytest.approx(float(expected), rel=1e-3) and float(regulariser) == 0
+        assert 0.05 <= temperature <= 0.20 and float(loss) == pytest.approx(float(expected), rel=1e-3) and list(map(float, regularisers)) == [0, 0]
         kept.append(keys)
     assert int(objective.filled) == sum(map(len, kept))
 
 
 def test_no_code_passes_y_on_as_it_is():
-    code, y = lejepa.METHODS["none"](), normal(9, HEADS)
+    code, y = lejepa.NoCode(), normal(9, HEADS)
     assert code(y) is y and code.indices(y).shape == (9, 0) and float(code.penalty(y, None)) == 0
+
+
+@pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int)])
+def test_embed_refuses_what_is_no_grid(grid):
+    model, _ = make()
+    with pytest.raises(ValueError, match="grid 1 "):
+        model.embed([np.ones((2, 2), int), grid])
 
 
 # ------------------------------------------------------------------------------------------------ the process

@@ -89,7 +89,7 @@ BAD_FLAGS = [("--steps 0", "--steps 0"), ("--steps -3", "--steps"), ("--steps ma
              ("--lam nan", "--lam nan"), ("--lam -0.1", "--lam"), ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--batch-size 0", "--batch-size"),
              ("--weight-decay -1", "--weight-decay"), ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"), ("--size huge", "huge"), ("--device tpu", "tpu"),
              ("--dtype fp8", "fp8"), ("--code fsq", "fsq"), ("--objective byol", "byol"), ("--queue 100", "--queue"), ("--context 5", "--context"),
-             ("--resume", "--run"), ("--step 20", "--step"), ("--code none --objective infonce --lam 0.3", "--lam"), ("--data", "--data"), ("surplus", "surplus")]
+             ("--resume", "--run"), ("--step 20", "--step"), ("--code none --objective infonce --lam 0.2", "--lam"), ("--code ema --objective infonce --lam 0.2", "--lam"), ("--code ema --lam 0", "--lam 0"), ("--data", "--data"), ("surplus", "surplus")]
 
 
 def refused(capsys, monkeypatch, *flags):
@@ -152,7 +152,7 @@ def test_arc_data_prints_the_counts():
 @pytest.mark.whole
 def test_a_run_leaves_its_whole_record(run):
     folder, text = run
-    assert {"config.json", "log.jsonl", "last.safetensors", "result.json"} <= {path.name for path in folder.iterdir()}
+    assert {"config.json", "log.jsonl", "last.safetensors", "result.json", "result.png"} <= {path.name for path in folder.iterdir()}
     assert not list(folder.glob("*.part")) and not list(folder.glob("**/*.p*kl*"))
     config = json.loads((folder / "config.json").read_text())
     assert {name.replace("-", "_") for name in FLAGS if name not in ("help", "no-compile")} <= set(config)
@@ -226,6 +226,31 @@ def test_a_finished_run_resumed_is_the_same_run(run, task_folder, tmp_path):
 
 
 @pytest.mark.whole
+def test_a_damaged_last_checkpoint_falls_back_to_previous_and_a_cut_log_line_is_dropped(run, task_folder, tmp_path):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(run[0]), str(folder)], check=True)
+    (folder / "previous.safetensors").write_bytes((folder / "last.safetensors").read_bytes())
+    (folder / "last.safetensors").write_bytes(b"no checkpoint")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 50, "lo')
+    done = python("lejepa.py", *small(task_folder, folder, "--resume"))
+    assert "last.safetensors" in done.stderr and "previous.safetensors" in done.stderr and done.stderr.count("\n") == 1
+    assert read_log(folder) == read_log(run[0]) and read_result(folder) == read_result(run[0])
+
+
+@pytest.mark.whole
+def test_a_run_is_not_resumed_to_fewer_steps(run, task_folder, capsys, monkeypatch):
+    assert f"step {STEPS}" in refused(capsys, monkeypatch, *small(task_folder, run[0], "--resume", steps=STEPS - 1))
+
+
+@pytest.mark.whole
+def test_a_loss_that_is_not_a_number_ends_the_run_with_its_step_and_saves_nothing(task_folder, tmp_path):
+    done = python("lejepa.py", *small(task_folder, tmp_path / "run", "--lr", "1e30"), status=1)
+    assert re.match(r"not a number at step \d+ \(loss .*; there is no checkpoint yet\n$", done.stderr), done.stderr
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.whole
 def test_load_run_gives_the_frozen_trained_model(run, task_folder):
     model, cfg = lejepa.load_run(run[0])
     assert cfg.steps == STEPS and not model.training and not any(p.requires_grad for p in model.parameters())
@@ -255,7 +280,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(run, task_fol
     flags = small(task_folder, run[0])
     assert "--resume" in refused(capsys, monkeypatch, *flags)
     for flag, value in (("--seed", 1), ("--lr", 0.5), ("--lam", 0.7), ("--batch-size", 12), ("--code", "none"), ("--objective", "infonce"), ("--dtype", "fp32"),
-                        ("--data", "arcagi1:training"), ("--weight-decay", 0.5)):
+                        ("--data", "arcagi1:training"), ("--weight-decay", 0.7)):
         assert flag in refused(capsys, monkeypatch, *flags, flag, value, "--resume")
     assert {path.name: path.read_bytes() for path in run[0].iterdir() if path.name in before} == before
     assert str(tmp_path / "nowhere") in refused(capsys, monkeypatch, *flags, "--run", tmp_path / "nowhere", "--resume")
