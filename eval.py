@@ -505,7 +505,11 @@ class Parser(argparse.ArgumentParser):
 
 def warn_of_leaks(cfg, source: str, tasks: dict):
     """Says on stderr how many tasks the run was trained on, up to symmetry and colour."""
-    trained, _, _ = arc_data.split(cfg.data, cfg.validate)
+    try:
+        trained, _, _ = arc_data.split(cfg.data, cfg.validate)
+    except (ValueError, OSError) as error:
+        print(f"not checked whether the tasks are unseen: {error}", file=sys.stderr)
+        return
     shared = arc_data.without_leaks(tasks, trained)[1]
     if shared:
         print(f"{len(shared)} of the {len(tasks)} tasks of {source} share a pair with the training tasks: not unseen", file=sys.stderr)

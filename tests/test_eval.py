@@ -391,7 +391,7 @@ def run(tmp_path, monkeypatch):
     def load_run(path):
         if not (path / "last.safetensors").exists():
             raise ValueError(f"{path} holds no last.safetensors: give a folder that lejepa.py wrote")
-        return Model(arc_data.make_windows(tasks)), None
+        return Model(arc_data.make_windows(tasks)), SimpleNamespace(data="arcagi1:training", validate="arcagi2:evaluation")
 
     def build(cfg):
         return SimpleNamespace(eval=lambda: Model(arc_data.make_windows(tasks)))
