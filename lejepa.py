@@ -551,10 +551,10 @@ class RunLog:
         self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
         self.held_out = TaskSet(held_out, cfg.device, augment=False)
         self.objects = TokenTable(self.unseen.grids, cfg.device, turned=False).gather(np.arange(len(self.unseen.grids)))
-        self.last = {"windows": 0, "seconds": 0.0, "sigregs": [], "grad_sum": 0.0, "grad_max": 0.0} | (state or {})
+        self.last = {"windows": 0, "seconds": 0.0, "sigregs": [], "grad_sum": 0.0, "grad_max": 0.0, "samples": 0} | (state or {})
         self.grad_sum, self.grad_max = (torch.tensor(self.last[name], device=cfg.device) for name in ("grad_sum", "grad_max"))
         self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, begin
-        self.windows, self.mark = self.last["windows"], (self.last["windows"], time.monotonic())
+        self.samples, self.windows, self.mark = self.last["samples"], self.last["windows"], (self.last["windows"], time.monotonic())
         if start:
             lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
             keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]   # a cut line has no end
@@ -565,7 +565,7 @@ class RunLog:
     def state(self) -> dict:
         """What a resumed run needs to count on from here."""
         return {"windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
-                "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max)}
+                "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
 
     def seconds(self) -> float:
         return self.last["seconds"] + time.monotonic() - self.begin
