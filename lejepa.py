@@ -517,13 +517,15 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
         metrics = train_step(model, forward, optimizers, batch, step, cfg)
         done = step + 1
         log.count(metrics, batch)
-        look = done % look_every(cfg) == 0 or done == cfg.steps
-        if look or log.stop or done % LOG_EVERY == 0:
+        look, stop = done % look_every(cfg) == 0 or done == cfg.steps, log.stop
+        due = look or done % LOG_EVERY == 0
+        if due or stop:
             values = log.read(done, metrics)           # the only line that waits for the device
+        if due:
             log.write(done, values, log.look(done, model) if look else {})
-        if look or log.stop:
+        if look or stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
-        if log.stop:
+        if stop:
             return done
     return cfg.steps
 
