@@ -918,7 +918,7 @@ def open_folder(cfg: Config):
         raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     if not cfg.resume:
-        record = dataclasses.asdict(cfg) | SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
+        record = SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
         record |= {"command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
                    "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_whole(folder / "config.json", json.dumps(record, indent=1).encode())
