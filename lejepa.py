@@ -40,6 +40,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 import arc_data
 import eval as evaluation
@@ -165,8 +166,7 @@ class EppsPulley(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
-        t, phi, weight = knots(x)
+    def forward(ctx, x, t, phi, weight):
         cos1, sin1 = torch.cos(DT * x), torch.sin(DT * x)
         twice = 2 * cos1
         cos, sin, cos_before, sin_before = cos1, sin1, 1, 0
@@ -190,7 +190,7 @@ class EppsPulley(torch.autograd.Function):
         for k in range(KNOTS - 2, -1, -1):
             a, a_before = of_cos[k, :, None] + twice * a - a_before, a
             b, b_before = of_sin[k, :, None] + twice * b - b_before, b
-        return 2 * grad[:, None] * (cos1 * a - a_before - sin1 * b)
+        return 2 * grad[:, None] * (cos1 * a - a_before - sin1 * b), None, None, None
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         x = z.view(-1, *z.shape[-2:]) @ directions.to(z.dtype)                     # (V, N, M)
-        return EppsPulley.apply(x).mean()
+        return EppsPulley.apply(x, *knots(x)).mean()
 
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
@@ -355,8 +355,11 @@ class Encoder(nn.Module):
 
     def forward(self, grids: Grids) -> tuple[Tensor, Tensor]:
         """z (G, D) of grids, and y (U, m), the numbers behind the codes of their distinct objects."""
-        y = self.objects(grids)
-        return self.relate(self.code(y), grids), y
+        with record_function("code"):
+            y = self.objects(grids)
+            code = self.code(y)
+        with record_function("encoder"):
+            return self.relate(code, grids), y
 
     def relate(self, code: Tensor, grids: Grids) -> Tensor:
         """Everything after the code: a function of the symbols, code (U, m) and box, alone."""
@@ -412,7 +415,16 @@ class LeJEPA(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
         z, y = self.encoder(batch.grids)
-        return z, self.predictor(F.embedding(batch.index[:, :3], z)), y
+        with record_function("predictor"):
+            return z, self.predictor(F.embedding(batch.index[:, :3], z)), y
+
+    def weigh(self, z, z_hat, y, batch: Batch, directions: Tensor, five: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its terms. directions (D, M) for embeddings, five (5, M') for the numbers behind a code."""
+        prediction, of_z, of_z_hat = self.objective(self, z, z_hat, batch, directions)
+        of_codes = self.encoder.code.penalty(y[batch.objects], five)
+        regulariser = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2       # roles in, out and z_hat; and the numbers behind the codes
+        loss = (1 - lam) * prediction + lam * regulariser
+        return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_z_hat": of_z_hat, "sigreg_codes": of_codes}
 
     @property
     def device(self):
@@ -477,44 +489,57 @@ def learning_rate(cfg: Config, step: int) -> float:
 # ---------------------------------------------------------------------------------------------------------- 5 Training
 
 
-def losses(model, forward, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+def losses(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, and its terms. Directions are drawn anew at each step; SIGReg stays outside autocast."""
     size = SIZES[cfg.size]
     with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
-        z, z_hat, y = forward(batch)
-    prediction, of_z, of_z_hat = model.objective(model, z, z_hat, batch, draw_directions(size.dim, size.directions, cfg, step))
-    five = draw_directions(len(LEVELS), size.directions // 4, cfg, step)                            # fewer cover five dimensions
-    of_codes = model.encoder.code.penalty(y[batch.objects], five)
-    regulariser = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2           # roles in, out and z_hat; and the numbers behind the codes
-    loss = (1 - cfg.lam) * prediction + cfg.lam * regulariser
-    return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_z_hat": of_z_hat, "sigreg_codes": of_codes}
+        z, z_hat, y = model(batch)
+    with record_function("sigreg"):
+        directions = draw_directions(size.dim, size.directions, cfg, step)
+        five = draw_directions(len(LEVELS), size.directions // 4, cfg, step)                        # fewer cover five dimensions
+        return model.weigh(z, z_hat, y, batch, directions, five, cfg.lam)
 
 
-def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing.
-
-    `forward` is the model or its compiled form.
-    """
+def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
+    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing."""
     torch.manual_seed(cfg.seed * 1_000_003 + step)                     # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-    loss, terms = losses(model, forward, batch, step, cfg)
+    loss, terms = losses(model, batch, step, cfg)
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)     # as it was before clipping
-    for optimizer in optimizers:
-        optimizer.step()
+    with record_function("optimizer"):
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)                              # as it was before clipping
+        for optimizer in optimizers:
+            optimizer.step()
     return {name: value.detach() for name, value in {"loss": loss, **terms, "grad_norm": grad_norm}.items()}
+
+
+def compile_parts(model) -> bool:
+    """Has torch.compile fuse what a step spends its time in, each part with dynamic sizes. False, with a line, where nothing compiles.
+
+    The parts are compiled one by one, so that a profile still tells them apart.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as error:                         # no C compiler, no headers: whatever is missing, a run goes on without
+        print(f"--compile: nothing compiles here, the run goes on eagerly ({str(error).strip().splitlines()[0][:200]})", file=sys.stderr)
+        return False
+    for owner, name in ((model.encoder.objects, "forward"), (model.encoder, "relate"), (model.predictor, "forward"), (model, "weigh")):
+        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
+    return True
 
 
 def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: int = 0) -> int:
     """Trains to cfg.steps, or to the step in which a signal asked for the end. Returns the number of steps taken."""
-    forward = torch.compile(model, dynamic=True) if cfg.compile else model
+    if cfg.compile:
+        compile_parts(model)
     model.train()
     for step in range(start, cfg.steps):
-        batch = data.batch(cfg.batch_size, cfg.seed, step)             # a function of seed and step alone, so a run can resume
-        metrics = train_step(model, forward, optimizers, batch, step, cfg)
+        with record_function("data"):
+            batch = data.batch(cfg.batch_size, cfg.seed, step)         # a function of seed and step alone, so a run can resume
+        metrics = train_step(model, optimizers, batch, step, cfg)
         done = step + 1
         log.count(metrics, batch)
         look, stop = done % look_every(cfg) == 0 or done == cfg.steps, log.stop
@@ -609,6 +634,7 @@ class RunLog:
         if figures:
             print("      unseen tasks:", "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None), flush=True)
 
+    @torch.compiler.set_stance("force_eager")          # sizes never seen in training would have it compile anew
     @torch.no_grad()
     def look(self, step: int, model) -> dict:
         """Figures on unseen tasks, and on some training tasks beside them (prefixed train_)."""
@@ -631,13 +657,14 @@ class RunLog:
     def validation_loss(self, model) -> Tensor:
         """Mean training loss of four fixed batches of unseen tasks."""
         batches = [self.held_out.batch(self.cfg.batch_size, 0, i) for i in range(4)]
-        return torch.stack([losses(model, model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]).mean()
+        return torch.stack([losses(model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]).mean()
 
     def code_indices(self, model) -> tuple[Tensor, Tensor]:
         """Codes (n, n_codes) of every object of the validation grids, and which distinct object (n,) it is."""
         kind = self.objects.kind[self.objects.grid < len(self.objects.first)]
         return model.encoder.code.indices(model.encoder.objects(self.objects))[kind].cpu(), kind.cpu()
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def finish(self, model, untrained, steps: int) -> dict:
         """The evaluation of the run's end, as result.json and as a block of lines."""
@@ -924,18 +951,114 @@ def open_folder(cfg: Config):
         write_whole(folder / "config.json", json.dumps(record, indent=1).encode())
 
 
-def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps: int = 3):
-    """Runs the training step under torch.profiler; a trace for TensorBoard and Perfetto in <run>/profile/, a table on the screen."""
-    forward = torch.compile(model, dynamic=True) if cfg.compile else model
+PARTS = ("data", "code", "encoder", "predictor", "sigreg", "optimizer")                            # ranges named in the trace
+
+
+def part_times(events, device: str) -> dict[str, float]:
+    """Microseconds by part, and of the rest of the steps as `other`. A backward function counts where its forward ran."""
+    spent = lambda event: event.cpu_time_total if device == "cpu" else event.device_time_total
+    times, owner, whole = dict.fromkeys(PARTS, 0.0), {}, 0.0
+    for event in events:
+        whole += spent(event) if event.name.startswith("ProfilerStep") else 0
+        above = event
+        while above is not None and above.name not in PARTS:
+            above = above.cpu_parent
+        if above is event:
+            times[event.name] += spent(event)
+        elif above is not None and event.sequence_nr >= 0:
+            owner.setdefault(event.sequence_nr, above.name)
+    for event in events:                               # the engine's own event stands above the function that bears the number
+        if event.scope == 1 and event.cpu_parent is not None and event.cpu_parent.name.startswith("autograd::engine") and event.sequence_nr in owner:
+            times[owner[event.sequence_nr]] += spent(event.cpu_parent)
+    return times | {"other": max(0.0, whole - sum(times.values()))}
+
+
+def repair(trace: dict) -> dict:
+    """The trace as torch-tb-profiler 0.4.3 knows it: it has no cuda_runtime, drops named ranges, and knows data by one name."""
+    kinds = {"cuda_runtime": "Runtime", "cuda_driver": "Runtime", "user_annotation": "cpu_op"}
+    for event in trace["traceEvents"]:
+        event["cat"] = kinds.get(event.get("cat"), event.get("cat", ""))
+        if event.get("name") == "data" and event["cat"] == "cpu_op":
+            event["name"] = "enumerate(DataLoader)#TaskSet.__next__"
+    return trace
+
+
+def traced(model, optimizers, data: TaskSet, cfg: Config, warm: int, steps: int):
+    """Runs the training step under torch.profiler. Returns the profiler, and windows a second without it."""
+    def take(step):
+        with record_function("data"):
+            batch = data.batch(cfg.batch_size, cfg.seed, step)
+        float(train_step(model, optimizers, batch, step, cfg)["loss"])                              # float: a step ends with its device work
+        return len(batch.index)
+
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (cfg.device == "cuda")
-    model.train()
-    with torch.profiler.profile(activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=warm, active=steps, repeat=1), record_shapes=True,
-                                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(Path(cfg.run) / "profile")), profile_memory=True) as profiler:
+    schedule = torch.profiler.schedule(wait=0, warmup=warm, active=steps, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, record_shapes=True, profile_memory=True, acc_events=True) as profiler:
         for step in range(warm + steps):
-            train_step(model, forward, optimizers, data.batch(cfg.batch_size, cfg.seed, step), step, cfg)
+            take(step)
             profiler.step()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total" if cfg.device == "cpu" else "self_cuda_time_total", row_limit=15))
-    print(f"trace: {Path(cfg.run) / 'profile'}; open it with: tensorboard --logdir {cfg.run}, or in Perfetto")
+    begin = time.monotonic()
+    windows = sum(take(step) for step in range(steps))
+    return profiler, windows / (time.monotonic() - begin)
+
+
+def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps: int = 3):
+    """A trace of the training step for TensorBoard and Perfetto in <run>/profile/, tables on the screen."""
+    model.train()
+    if cfg.compile:
+        compile_parts(model)
+    profiler, rate = traced(model, optimizers, data, cfg, warm, steps)
+    path = Path(cfg.run) / "profile" / f"lejepa.{time.time_ns() // 1_000_000}.pt.trace.json"
+    path.parent.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    trace = repair(json.loads(path.read_text()))
+    path.write_text(json.dumps(trace))
+    times = part_times(profiler.events(), cfg.device)
+    plot_parts(times, steps, path.parent / "parts.png")
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total" if cfg.device == "cpu" else "self_device_time_total", row_limit=15, max_name_column_width=50))
+    for name, value in times.items():
+        print(f"{name:>12} {value / sum(times.values()):6.1%}  {value / steps / 1000:8.1f} ms a step, backward included")
+    memory = max((event["args"].get("Total Allocated", 0) for event in trace["traceEvents"] if event.get("name") == "[memory]"), default=0)
+    share = utilisation(model, data, cfg, cfg.batch_size / rate)
+    print(f"peak memory {memory / 1e9:.2f} GB (allocated, of the traced steps); {rate:.0f} windows/s; utilisation {share:.1%} of a {cfg.dtype} matrix product\ntrace: {path}; open it in Perfetto, or with: tensorboard --logdir {cfg.run}")
+
+
+def plot_parts(times: dict[str, float], steps: int, path: Path):
+    """Where a step's time goes, as bars."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
+    bars = axis.barh(list(times)[::-1], [value / steps / 1000 for value in list(times.values())[::-1]])
+    axis.bar_label(bars, [f"{value / sum(times.values()):.0%}" for value in list(times.values())[::-1]], padding=3)
+    axis.set(xlabel="ms a step, forward and backward", title="where a training step's time goes")
+    axis.margins(x=0.1)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def matmul_rate(cfg: Config, size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations a second of a square matrix product in the run's type."""
+    a = torch.randn(size, size, device=cfg.device, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size ** 3 / min(seconds[1:])
+
+
+def model_flops(model, batch: Batch, cfg: Config) -> int:
+    """Floating-point operations of the matrix products of one forward and backward; the optimizer's are not the model's."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        losses(model, batch, 0, cfg)[0].backward()
+    return counter.get_total_flops()
+
+
+def utilisation(model, data: TaskSet, cfg: Config, seconds: float) -> float:
+    """Model FLOPs utilisation of a step that takes `seconds`."""
+    return model_flops(model, data.batch(cfg.batch_size, cfg.seed, 0), cfg) / seconds / matmul_rate(cfg)
 
 
 def prepare(cfg: Config):
