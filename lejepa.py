@@ -17,6 +17,7 @@ stop-gradient, queue, schedule of weights or codebook.
     python lejepa.py --profile                    the training step under the profiler
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -314,7 +315,7 @@ class Block(nn.Module):
 
 
 def head(inputs: int, size: Size) -> nn.Sequential:
-    """To an embedding: hidden BatchNorm, plain linear last; no normalisation and no ReLU after it."""
+    """To an embedding: hidden BatchNorm, plain linear last, no ReLU after it."""
     return nn.Sequential(nn.Linear(inputs, size.hidden), nn.BatchNorm1d(size.hidden), nn.GELU(), nn.Linear(size.hidden, size.dim))
 
 
@@ -339,7 +340,12 @@ class ObjectHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Symbols (codes, box) of each grid, related by a transformer, pooled and projected to z."""
+    """Symbols (codes, box) of each grid, related by a transformer, pooled and projected to z.
+
+    z lies on the sphere of radius sqrt(D), as N(0, I) does but for 1 part in sqrt(2 D). Left free, a length buys a smaller
+    error: grids that are hard to predict move to the middle, and random projections hardly see it. This radius leaves
+    each coordinate a variance of 1, so SIGReg acts; at radius 1 it is inert.
+    """
 
     def __init__(self, size: Size, code: nn.Module):
         super().__init__()
@@ -369,7 +375,8 @@ class Encoder(nn.Module):
         bias = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)
         for block in self.blocks:
             x = block(x, bias)                                                                      # (R, L, W)
-        return self.projector(self.pool(self.widen(x).float().flatten(0, 1), grids)).float()        # (G, D)
+        z = self.projector(self.pool(self.widen(x).float().flatten(0, 1), grids)).float()
+        return F.rms_norm(z, z.shape[-1:], eps=1e-6)                                                # (G, D), |z|^2 = D
 
     def pool(self, x: Tensor, grids: Grids) -> Tensor:
         """x (R L, P) -> (G, 4 P): the whole-grid token, the mean, the sum over sqrt(count), the maximum of a grid's tokens."""
@@ -531,6 +538,11 @@ def compile_parts(model) -> bool:
     return True
 
 
+def eagerly(cfg: Config):
+    """Inside it nothing compiles: evaluation has sizes that training never sees."""
+    return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
+
+
 def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: int = 0) -> int:
     """Trains to cfg.steps, or to the step in which a signal asked for the end. Returns the number of steps taken."""
     if cfg.compile:
@@ -547,7 +559,9 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
         if due or stop:
             values = log.read(done, metrics)           # the only line that waits for the device
         if due:
-            log.write(done, values, log.look(done, model) if look else {})
+            with eagerly(cfg):
+                figures = log.look(done, model) if look else {}
+            log.write(done, values, figures)
         if look or stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
         if stop:
@@ -634,7 +648,6 @@ class RunLog:
         if figures:
             print("      unseen tasks:", "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None), flush=True)
 
-    @torch.compiler.set_stance("force_eager")          # sizes never seen in training would have it compile anew
     @torch.no_grad()
     def look(self, step: int, model) -> dict:
         """Figures on unseen tasks, and on some training tasks beside them (prefixed train_)."""
@@ -664,7 +677,6 @@ class RunLog:
         kind = self.objects.kind[self.objects.grid < len(self.objects.first)]
         return model.encoder.code.indices(model.encoder.objects(self.objects))[kind].cpu(), kind.cpu()
 
-    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def finish(self, model, untrained, steps: int) -> dict:
         """The evaluation of the run's end, as result.json and as a block of lines."""
@@ -1051,7 +1063,7 @@ def matmul_rate(cfg: Config, size: int = 2048, repeats: int = 5) -> float:
 def model_flops(model, batch: Batch, cfg: Config) -> int:
     """Floating-point operations of the matrix products of one forward and backward; the optimizer's are not the model's."""
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with eagerly(cfg), FlopCounterMode(display=False) as counter:
         losses(model, batch, 0, cfg)[0].backward()
     return counter.get_total_flops()
 
@@ -1090,7 +1102,8 @@ def run(cfg: Config, begin: float, tasks: dict, held_out: dict, data: TaskSet, m
         if log.stop:
             print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
             return 128 + log.stop
-        log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+        with eagerly(cfg):
+            log.finish(model, build(cfg).to(cfg.device).eval(), steps)
     finally:
         log.close()
     return 0
