@@ -78,6 +78,11 @@ def while_preparing(action):
     arc_data.split = lambda *args: action() or split(*args)
 
 
+def at_the_folder(action):
+    open_folder = lejepa.open_folder
+    lejepa.open_folder = lambda cfg: action() or open_folder(cfg)
+
+
 def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -342,7 +347,7 @@ def test_a_folder_that_cannot_be_written_is_status_2_before_the_run_and_1_in_it(
         if stat.S_IMODE(folder.stat().st_mode) == 0o700:
             folder.chmod(0o755)                        # so that another user reaches the data
     (tmp_path / "closed").mkdir(mode=0o555)
-    said = go(tmp_path / "closed", status=2, changes=[as_nobody] * root)
+    said = go(tmp_path / "closed", status=2, changes=[partial(at_the_folder, as_nobody)] * root)
     assert "Permission denied" in last_line(said) and "closed" in last_line(said) and not list((tmp_path / "closed").iterdir())
     (tmp_path / "file").write_text("")
     assert "file" in last_line(go(tmp_path / "file" / "run", status=2))
