@@ -522,7 +522,7 @@ def train_step(model, forward, optimizers, batch: Batch, step: int, cfg: Config)
     finite = loss.isfinite() & grad_norm.isfinite()
     if finite.is_cuda or not finite:                                   # to ask a GPU would be to wait for it
         for name, value in state_of(model, optimizers).items():
-            torch.where(finite, value, before.get(name, torch.zeros_like(value)), out=value)        # an optimizer's state starts at 0
+            torch.where(finite, value, before[name] if name in before else torch.zeros_like(value), out=value)      # optimizers start at 0
     return {name: value.detach() for name, value in {"loss": loss, **terms, "grad_norm": grad_norm}.items()}
 
 
@@ -759,8 +759,8 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     for optimizer in optimizers:                       # a step makes its state, which is overwritten like all else
         optimizer.step()
-    torch.set_rng_state(tensors.pop("random"))
-    fill(state_of(model, optimizers), tensors)
+    fill(state_of(model, optimizers) | {"random": torch.get_rng_state()}, tensors)
+    torch.set_rng_state(tensors["random"])
     log = (folder / "log.jsonl").read_bytes()[:found["state"]["log_bytes"]]
     if hashlib.sha256(log).hexdigest() != found["state"]["log_sha256"]:
         raise ValueError(f"{folder / 'log.jsonl'} is not what step {found['step']} was logged into; put it back, or train in another --run folder")
@@ -1000,10 +1000,8 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
     print(f"trace: {Path(cfg.run) / 'profile'}; open it with: tensorboard --logdir {cfg.run}, or in Perfetto")
 
 
-def prepare(cfg: Config, begin: float):
-    """Everything that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
-    tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
-    lock = open_folder(cfg)
+def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float):
+    """Everything else that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
     data = TaskSet(tasks, cfg.device)
     cut = data.table.cut
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
@@ -1013,7 +1011,7 @@ def prepare(cfg: Config, begin: float):
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
     write_config(cfg)
     log = None if cfg.profile else RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
-    return lock, data, model, optimizers, log, start
+    return data, model, optimizers, log, start
 
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
@@ -1037,8 +1035,8 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
             log.close()
     except KeyboardInterrupt:
         way_out += ", which evaluates again"
-    except OSError as error:
-        print(f"lejepa.py: {error}; {log.checkpoint()}" + (f", and when it can be written again: {way_out}" if log.saved else ""), file=sys.stderr)
+    except OSError as error:                           # no room, or no permission
+        print(f"lejepa.py: {error}; {log.checkpoint()}" + (f"; once that is mended, go on with {way_out}" if log.saved else ""), file=sys.stderr)
         return 1
     if log.stop:
         print(f"stopped by a signal after step {log.saved}; to go on: {way_out}", flush=True)
@@ -1057,15 +1055,21 @@ def main():
     keep_large_blocks()
     threading.excepthook = say_no_more
     cfg = parse_flags()
+    lock = None
     try:
         try:
-            lock, data, model, optimizers, log, start = prepare(cfg, begin)    # locked for as long as this name lives
+            tasks = arc_data.split(cfg.data, cfg.validate)
+            lock = open_folder(cfg)
+            data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
         except (ValueError, OSError) as error:
             print(f"lejepa.py: {error}", file=sys.stderr)
             sys.exit(2)
         sys.exit(profile(model, optimizers, data, cfg) if cfg.profile else run(cfg, data, model, optimizers, log, start))
     except KeyboardInterrupt:                          # before the first step
         sys.exit(130)
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 if __name__ == "__main__":

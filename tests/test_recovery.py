@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import stat
 import sys
@@ -341,7 +342,7 @@ def as_nobody():
 
 
 @pytest.mark.whole
-def test_a_folder_that_cannot_be_written_is_status_2_before_the_run_and_1_in_it(go, task_folder, tmp_path):
+def test_a_folder_that_cannot_be_written_is_status_2_before_the_run_and_1_in_it(go, task_folder, capsys, monkeypatch, tmp_path):
     root = os.geteuid() == 0
     for folder in {tmp_path, *tmp_path.parents, task_folder.parent}:
         if stat.S_IMODE(folder.stat().st_mode) == 0o700:
@@ -350,7 +351,7 @@ def test_a_folder_that_cannot_be_written_is_status_2_before_the_run_and_1_in_it(
     said = go(tmp_path / "closed", status=2, changes=[partial(at_the_folder, as_nobody)] * root)
     assert "Permission denied" in last_line(said) and "closed" in last_line(said) and not list((tmp_path / "closed").iterdir())
     (tmp_path / "file").write_text("")
-    assert "file" in last_line(go(tmp_path / "file" / "run", status=2))
+    assert str(tmp_path / "file") in refused(capsys, monkeypatch, "--data", task_folder, "--device", "cpu", "--run", tmp_path / "file" / "run")
     close = as_nobody if root else partial(os.chmod, tmp_path / "run", 0o555)
     said = go(tmp_path / "run", status=1, changes=[partial(at, 7, close)])
     assert "Permission denied" in last_line(said) and "the last good checkpoint is step 5" in last_line(said)
@@ -464,6 +465,34 @@ def test_with_last_damaged_previous_is_taken_with_one_line_and_with_both_damaged
         assert error.count("\n") == 1 and "last.safetensors" in error and "previous.safetensors" in error
     (tmp_path / "previous.safetensors").write_bytes(b"rubbish")
     unreadable(tmp_path, b"rubbish", "last.safetensors", "previous.safetensors", "--run")
+
+
+@pytest.mark.whole
+def test_with_both_damaged_resume_and_eval_say_so_in_one_line_with_status_2(whole, small_model, task_folder, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("last", "previous"):
+        (run / f"{name}.safetensors").write_bytes((whole / "last.safetensors").read_bytes()[:-1])
+    assert "previous.safetensors" in refused(capsys, monkeypatch, "--data", task_folder, "--run", run, "--resume", "--device", "cpu")
+    with pytest.raises(SystemExit) as stopped:
+        lejepa.evaluation.main([str(run)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "previous.safetensors" in error
+
+
+@pytest.mark.whole
+def test_a_changed_log_config_or_flag_is_refused_by_name_and_nothing_is_touched(whole, small_model, task_folder, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    flags = ["--data", task_folder, "--run", run, "--steps", STEPS, "--batch-size", 12, "--size", "small", "--device", "cpu", "--resume"]
+    for name, change in (("log.jsonl", lambda old: old.replace(b"loss", b"lost", 1)), ("log.jsonl", lambda old: old[:-1]), ("config.json", lambda old: old[:-1])):
+        old = (run / name).read_bytes()
+        (run / name).write_bytes(change(old))
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert name in refused(capsys, monkeypatch, *flags)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+        (run / name).write_bytes(old)
+    assert "--seed" in refused(capsys, monkeypatch, *flags, "--seed", 5)
 
 
 @pytest.mark.whole
@@ -751,6 +780,71 @@ def test_a_larger_file_is_refused_unread(tmp_path):
         file.truncate(100 << 30)                       # it takes no space on the disk
     with pytest.raises(ValueError, match="x.json.*12 MB"):
         arc_data.load_tasks(str(tmp_path / "x.json"))
+
+
+# ------------------------------------------------------------------------------------------------ security
+
+
+def watch(folder, report):
+    """Lets the interpreter report what is opened for writing outside the run's folder, unpickled, bound to a port or started."""
+    def audit(event, args):
+        if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+            path, writes = os.path.abspath(os.fsdecode(args[0])), (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and not path.startswith((f"{folder}/", "/dev/")):
+                report(f"writes {path}")
+        elif event in ("os.rename", "os.remove", "os.mkdir") and not os.path.abspath(os.fsdecode(args[0])).startswith(str(folder)):
+            report(f"{event} {args[0]}")
+        elif event in ("pickle.find_class", "socket.bind", "socket.listen", "os.system", "os.exec", "os.posix_spawn") \
+                or (event == "subprocess.Popen" and args[1][:2] != ["git", "describe"]):
+            report(f"{event} {args}")
+    sys.addaudithook(audit)
+
+
+def report_to(path, text):
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode() + b"\n")
+
+
+def silently(path, inside, text):
+    if not inside:                                     # the report itself opens a file for writing
+        inside.append(1)
+        report_to(path, text)
+        inside.clear()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.whole
+def test_a_run_writes_in_its_folder_only_unpickles_nothing_and_listens_nowhere_whatever_the_data_is_called(go, tmp_path):
+    names = ["../../escape", "/tmp/escape", "..", "a\nb", "$(touch escape)", "__import__('os').mkdir('escape')", "{0.__class__}", "é" * 300]
+    names += [f"plain{i}" for i in range(12)]          # so that both sides of the split have some
+    tasks = dict(zip(names, synthetic_tasks(3, tasks=20).values(), strict=True))
+    (tmp_path / "tasks.json").write_text(json.dumps({name: as_json(task) for name, task in tasks.items()}))
+    report = partial(silently, tmp_path / "report.txt", [])
+    flags = ["--data", tmp_path / "tasks.json"]
+    go(tmp_path / "run", *flags, status=130, changes=[partial(watch, tmp_path / "run", report), partial(at, 6, STOP)])
+    go(tmp_path / "run", *flags, "--resume", changes=[partial(watch, tmp_path / "run", report)])
+    assert not (tmp_path / "report.txt").exists(), (tmp_path / "report.txt").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"tasks.json", "run", "run.txt"}
+    assert {re.sub(r"tfevents.*", "", path.name) for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "events.out.", "last.safetensors", "lock", "log.jsonl", "previous.safetensors", "result.json"}
+
+
+@pytest.mark.parametrize("write", [lambda path, bomb: torch.save(bomb, path), lambda path, bomb: path.write_bytes(pickle.dumps(bomb))])
+def test_a_pickle_in_place_of_a_checkpoint_or_data_is_refused_and_not_run(tmp_path, write):
+    for name in ("last.safetensors", "previous.safetensors", "x.json"):
+        write(tmp_path / name, Bomb(tmp_path / "escape"))
+    with pytest.raises(ValueError, match="previous.safetensors"):
+        lejepa.load_run(tmp_path)
+    with pytest.raises(ValueError, match="x.json"):
+        arc_data.load_tasks(str(tmp_path))
+    assert not (tmp_path / "escape").exists()
 
 
 # ------------------------------------------------------------------------------------------------ kills
