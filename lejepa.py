@@ -585,8 +585,8 @@ class RunLog:
         self.board.flush()
         os.fsync(self.lines.fileno())
         log = (self.folder / "log.jsonl").read_bytes()
-        return {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(), "windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
-                "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
+        return {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(), "windows": self.windows, "seconds": round(self.seconds(), 3),
+                "sigregs": [float(x) for x in self.sigregs], "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
 
     def seconds(self) -> float:
         return self.last["seconds"] + time.monotonic() - self.begin
@@ -695,7 +695,7 @@ def describe_device(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-ZEROS = "0" * 64
+ZEROS = "0" * 64                                       # where a checkpoint's SHA-256 will stand
 
 
 def checksum(content: bytes) -> tuple[slice, bytes]:

@@ -766,7 +766,7 @@ def load_once(path, answer):
 @pytest.mark.whole
 @pytest.mark.parametrize("unit", ["[],", "{},", "[[[[[[[[[]]]]]]]]],", '{"a":{"a":{"a":0}}},', '"\U0001f600",[[]],', "-1e5,", "1,", '"%d":0,'])
 def test_the_largest_file_of_whatever_takes_most_memory_takes_less_than_1_gb(fork, tmp_path, unit):
-    content = "".join(unit % i for i in range(10**6)) if "%" in unit else unit * (arc_data.LARGEST // len(unit.encode()) - 2)
+    content = "".join(unit % i for i in range(10**6)) if "%" in unit else unit * (arc_data.LARGEST // len(unit.encode()) - 20)
     (tmp_path / "x.json").write_text(('{"a": {%s"z": 0}}' if "%" in unit else '{"a": [%s0]}') % content[:arc_data.LARGEST - 20 if "%" in unit else None])
     answer, other = multiprocessing.Pipe()
     fork(load_once, tmp_path / "x.json", other)
