@@ -36,7 +36,7 @@ TOY = lejepa.Size(16, 2, 1, 1, 32, 32, 16, 32, 1000, 24, 6e-3)
 
 def toy():
     lejepa.SIZES["small"] = TOY
-    lejepa.look_every = lambda cfg: LOOK
+    lejepa.look_every, lejepa.LOG_EVERY = lambda cfg: LOOK, 2
     lejepa.evaluation.plot_run = lambda folder: None   # a picture takes longer than all the rest
 
 
@@ -201,11 +201,20 @@ def test_a_compiled_run_resumes_bit_for_bit_too(go, tmp_path, code, objective):
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
+def flush_at_once():
+    """Every point of a curve is in its file before the next, so that a kill leaves points after the checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
+    add = SummaryWriter.add_scalar
+    SummaryWriter.add_scalar = lambda self, *args: (add(self, *args), self.flush())
+
+
 @pytest.mark.whole
-def test_after_a_kill_log_and_curves_go_on_from_the_checkpoint_without_overlap_or_gap(go, whole, tmp_path):
+@pytest.mark.parametrize("flush", [(), (flush_at_once,)])
+def test_after_a_kill_log_and_curves_go_on_from_the_checkpoint_without_overlap_or_gap(go, whole, tmp_path, flush):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run = tmp_path / "run"
-    go(run, status=-9, changes=[partial(at, 10, at_own_pid)])          # the log is at step 10, with its checkpoint
+    go(run, status=-9, changes=[*flush, partial(at, 9, at_own_pid)])   # the log is at step 8, the checkpoint at step 5
+    assert read_log(run)[-1]["step"] == 8 and checkpoint(run)[1] == 5
     with open(run / "log.jsonl", "a") as file:         # as if it had gone on, and been cut within a line
         file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
     (run / "last.safetensors.part").write_bytes(b"left by the kill")
@@ -295,7 +304,7 @@ def test_the_first_step_that_is_not_a_number_ends_the_run_at_the_next_log_line_a
     run = tmp_path / "run"
     said = go(run, status=1, changes=[partial(poison, 6), partial(poison, 7, float("inf"))])
     assert re.fullmatch(r"loss is nan at step 7 \(prediction nan, sigreg [\d.]+, .*grad_norm nan\); the last good checkpoint is step 5", last_line(said)), said
-    assert checkpoint(run)[1] == 5 and len(read_log(run)) == 1 and not (run / "result.json").exists()
+    assert checkpoint(run)[1] == 5 and read_log(run)[-1]["step"] == 6 and not (run / "result.json").exists()
     go(run, "--resume")
     assert_same_bits(whole, run)
 
@@ -899,7 +908,7 @@ def at_any(steps, action):
     TaskSet.batch = batch
 
 
-LONG = 120
+LONG = 80
 
 
 @pytest.fixture(scope="module")
