@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import as_json, synthetic_tasks, write_tasks
+from conftest import as_json, synthetic_tasks
 from test_run import assert_same_bits, checkpoint, read_log, read_result, refused
 
 import arc_data
@@ -311,8 +311,8 @@ def test_the_first_step_that_is_not_a_number_ends_the_run_at_the_next_log_line_a
 
 @pytest.mark.whole
 def test_a_gradient_that_is_not_a_number_is_named_even_when_a_signal_comes(go, tmp_path):
-    said = go(tmp_path / "run", status=1, changes=[partial(poison, 1, float("inf"), True), partial(at, 2, STOP)])
-    assert re.match(r"grad_norm is (inf|nan) at step 2 \(loss [\d.]+, .*; there is no checkpoint yet", last_line(said)), said
+    said = go(tmp_path / "run", status=1, changes=[partial(poison, 2, float("inf"), True), partial(at, 2, STOP)])
+    assert re.match(r"grad_norm is (inf|nan) at step 3 \(loss [\d.]+, .*; there is no checkpoint yet", last_line(said)), said
     assert not bytes_of(tmp_path / "run")
 
 
