@@ -146,7 +146,7 @@ def go(start):
     """go(run, ...): a run in a child to its end, which must have this status. Returns what it said."""
     def to_the_end(run, *flags, status=0, **kwargs):
         process = start(run, *flags, **kwargs)
-        process.join(120)
+        process.join(900)
         said = Path(f"{run}.txt").read_text()
         assert process.exitcode == status, said
         assert "Traceback" not in said and not list(run.glob("*.part"))
