@@ -640,27 +640,30 @@ def strict(content, many):
 
 
 PIECES = [b"true", b"3.0", b'"3"', b"NaN", b"-0", b"1e0", b"10", b"-1", b"0", b"9" * 5000, b"null", b"[]", b"[[1]]", b"[[" + b"1," * 30 + b"1]]", b"[", b"]", b"{", b"}",
-          b",", b":", b'"', b"\\", b" ", b"\n", b"\x00", b"\xff", b"\xc2\xa0", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"\\ud800":', b'"input": [[1]],', b'"test": [],',
-          b'"x": {"y": [NaN, 1.5]},', b'"\\u0074est": [],', b"[" * 100_000]
+          b",", b":", b'"', b"\\", b" ", b"\n", b"\x00", b"\xff", b"\xc2\xa0", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"[" * 100_000]
+MEMBERS = [b'"input": [[1]],', b'"output": null,', b'"test": [],', b'"\\u0074est": [],', b'"x": {"y": [NaN, 1.5]},', b'"\\ud800":0,', b'"x": 0, "x": 1,']
 
 
 def mutated(content, rng):
-    """One to four changes: a byte, a cut, a copy, a piece of JSON in or in place of a cell, a cut end."""
+    """One to four changes: a byte, a cut, a copy, a piece of JSON somewhere, in place of a cell or in an object, a cut end."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         place, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 2, 5, 20, 100))
-        change, cells = rng.randrange(12), [found.start() for found in re.finditer(rb"(?<=[\[, ])\d(?=[\],])", content)]
+        change, cells = rng.randrange(13), [found.start() for found in re.finditer(rb"(?<=[\[, ])\d(?=[\],])", content)]
         if change < 2 and place < len(content):
             content[place] = rng.randrange(256)
         elif change < 3:
             del content[place:place + length]
         elif change < 5:
             content[place:place] = content[(other := rng.randrange(len(content) + 1)):other + length]
-        elif change < 8:
+        elif change < 7:
             content[place:place] = rng.choice(PIECES)
-        elif change < 11 and cells:
+        elif change < 9 and b"{" in content[place:]:
+            inside = content.index(b"{", place) + 1
+            content[inside:inside] = rng.choice(MEMBERS)
+        elif change < 12 and cells:
             cell = rng.choice(cells)
-            content[cell:cell + 1] = rng.choice(PIECES) if change < 9 else b"%d" % rng.randrange(-1, 12)
+            content[cell:cell + 1] = rng.choice(PIECES) if change < 10 else b"%d" % rng.randrange(-1, 12)
         elif rng.random() < 0.2:
             del content[place:]
     return bytes(content)
