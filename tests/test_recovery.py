@@ -212,7 +212,7 @@ def slow_board():
     """Points of a curve reach their file late, so that a kill loses those that were not waited for."""
     from tensorboard.summary.writer.record_writer import RecordWriter
     write = RecordWriter.write
-    RecordWriter.write = lambda self, data: (time.sleep(0.02), write(self, data))
+    RecordWriter.write = lambda self, data: (time.sleep(0.08), write(self, data))
 
 
 @pytest.mark.whole
