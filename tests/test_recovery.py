@@ -230,7 +230,7 @@ def test_after_a_kill_log_and_curves_go_on_from_the_checkpoint_without_overlap_o
     board = EventAccumulator(str(run))
     board.Reload()
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for name in ("loss", "grad_norm", "ndcg10"):
+    for name in set(log[-1]) - {"step"}:
         assert [(event.step, pytest.approx(event.value, rel=1e-5)) for event in board.Scalars(name)] == [(row["step"], row[name]) for row in log if name in row]
 
 
