@@ -26,6 +26,7 @@ OBJECTS = 60                               # K: objects kept of a grid, the larg
 SLOTS = 64                                 # L: token slots of a packed row, at least OBJECTS + 1
 BYTES = (SIDE * SIDE + 7) // 8             # a 30 x 30 bitmap, packed
 EXCHANGED = 0.5                            # share of training tasks run backwards: (out1, in1, out2) -> in2
+LARGEST = 12 << 20                         # bytes of a task file; as Python objects it may take 60 times that
 SOURCES = ("arcagi1:training", "arcagi1:evaluation", "arcagi2:training", "arcagi2:evaluation")
 REPORTED = "arcagi1:evaluation"            # the split that results are reported on; `dev` never touches it
 
@@ -40,15 +41,27 @@ class Task(NamedTuple):
 def load_tasks(source: str) -> dict[str, Task]:
     """Tasks of SOURCE by id: a name in SOURCES, a folder of ID.json, a file {id: task}, or several joined by commas.
 
-    Raises ValueError naming file, task, pair and side for anything that is not a valid task.
+    A task is {"train": [pair, ...], "test": [pair, ...]}, both there and the first not empty; a pair is {"input": grid, "output": grid},
+    the output of a test pair may be missing or null; a grid is 1 to 30 rows of 1 to 30 integers 0-9. Other keys are not looked at.
+
+    Raises one ValueError of one line that names file, task, pair and side for anything else. All tasks are read, or none.
     """
     tasks = {}
     for part in str(source).split(","):
-        for task_id, task in _load_source(part.strip()).items():
+        try:
+            found = _load_source(part.strip())
+        except OSError as error:
+            raise ValueError(f"{_shown(part)}: {error.strerror}") from None
+        for task_id, task in found.items():
             if task_id in tasks:
-                raise ValueError(f"{part}: task {task_id} was read already; a task id may stand once in {source}")
+                raise ValueError(f"{_shown(part)}: task {_shown(task_id)} was read already; a task id may stand once in {_shown(source)}")
             tasks[task_id] = task
     return tasks
+
+
+def _shown(text) -> str:
+    """A name from outside as a message shows it: on one line, in characters that can be printed, not without end."""
+    return str(text) if len(str(text)) <= 200 and str(text).isprintable() else ascii(str(text)[:200])
 
 
 def _load_source(name):
@@ -63,28 +76,46 @@ def _load_source(name):
         return {task.id: _parse_task(task.to_dict(), f"{name}, task {task.id}") for task in chosen}
     path = Path(name)
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = sorted(file for file in path.iterdir() if file.suffix == ".json")
         if not files:
-            raise ValueError(f"{name}: no .json file in this folder; a folder of tasks holds ID.json files")
-        return {file.stem: _parse_task(_read_json(file), str(file)) for file in files}
+            raise ValueError(f"{_shown(name)}: no .json file in this folder; a folder of tasks holds ID.json files")
+        return {_task_id(file.stem, name): _parse_task(_read_json(file), _shown(file)) for file in files}
     if path.is_file():
         tasks = _read_json(path)
         if not isinstance(tasks, dict) or not tasks:
-            raise ValueError(f"{name}: a file of tasks is a JSON object {{id: {{'train': [...], 'test': [...]}}}}")
-        return {task_id: _parse_task(task, f"{name}, task {task_id}") for task_id, task in tasks.items()}
-    raise ValueError(f"{name}: no such source; give one of {', '.join(SOURCES)}, a folder of ID.json files or a JSON file")
+            raise ValueError(f"{_shown(name)}: a file of tasks is a JSON object {{id: {{'train': [...], 'test': [...]}}}}")
+        return {_task_id(task_id, name): _parse_task(task, f"{_shown(name)}, task {_shown(task_id)}") for task_id, task in tasks.items()}
+    raise ValueError(f"{_shown(name)}: no such source; give one of {', '.join(SOURCES)}, a folder of ID.json files or a JSON file")
+
+
+def _task_id(text, name):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_shown(name)}, task {_shown(text)}: the id is not text that UTF-8 can write") from None
+    return text
 
 
 def _read_json(path):
     def unique(items):
-        keys = [key for key, _ in items]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-        return dict(items)
+        found = {}
+        for key, value in items:
+            if key in found:
+                raise ValueError(f"the key {_shown(key)} stands twice in one object")
+            found[key] = value
+        return found
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:     # both decoders raise subclasses of ValueError
-        raise ValueError(f"{path}: not readable as JSON in UTF-8: {error}") from None
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST >> 20} MB; cut it into several and join their names by commas")
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ValueError(f"{_shown(path)}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:       # both decoders raise subclasses of ValueError
+        raise ValueError(f"{_shown(path)}: not readable as JSON in UTF-8: {error}") from None
 
 
 def _parse_task(task, where):
@@ -116,7 +147,8 @@ def _parse_grid(grid, where):
     for row in grid:
         for cell in row:
             if type(cell) is not int or not 0 <= cell <= 9:
-                raise ValueError(f"{where}: cell {json.dumps(cell)[:40]} is not an integer 0-9")
+                shown = {list: "[...]", dict: "{...}"}.get(type(cell)) or json.dumps(cell)[:40]
+                raise ValueError(f"{where}: cell {shown} is not an integer 0-9")
     return np.array(grid, dtype=np.int8)
 
 

@@ -11,8 +11,10 @@ out1 + in2 - in1, in an embedding that was not trained for it. All rows go throu
 """
 
 import argparse
+import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -454,8 +456,10 @@ def plot_run(folder: Path) -> Path:
         axis.set(xlabel="share of the run", title=title, ylabel=title, ylim=(0, 1.05 if axis is usage else None))
     for axis in (curves, ranks, usage):
         axis.legend(fontsize=8)
-    figure.savefig(folder / "result.png", dpi=80)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80)
     pyplot.close(figure)
+    write_whole(folder / "result.png", drawn.getvalue())
     return folder / "result.png"
 
 
@@ -492,10 +496,27 @@ def eval_json(result: dict) -> dict:
                      "interval": result["intervals"][metric], "n": result["windows"]} for metric in COMPARED}
 
 
-def write_json(path: Path, value: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)  # what was there stays whole until now
+def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes a file so that at every moment either the old or the new one is there, whole; the old one stays under the name `keep`.
+
+    What was there is not touched before the new bytes are on the disk. OSError names the file.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the renaming too
+        os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)  # it is there only if something went wrong
 
 
 class Parser(argparse.ArgumentParser):
@@ -530,7 +551,7 @@ def main(argv: list[str] | None = None) -> None:
         warn_of_leaks(cfg, args.data, tasks)
         out.mkdir(parents=True, exist_ok=True)
         result, _ = evaluate(model, windows, untrained=build(cfg).eval())
-        write_json(out / "eval.json", eval_json(result))
+        write_whole(out / "eval.json", json.dumps(eval_json(result), indent=1).encode() + b"\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(table(result))

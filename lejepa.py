@@ -21,6 +21,8 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import fcntl
+import hashlib
 import inspect
 import json
 import math
@@ -30,6 +32,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ from torch.profiler import record_function
 import arc_data
 import eval as evaluation
 from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable, make_windows
+from eval import write_whole
 
 # ------------------------------------------------------------------------------------------------------------ 1 Config
 
@@ -507,8 +511,22 @@ def losses(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[st
         return model.weigh(z, z_hat, y, batch, directions, five, cfg.lam)
 
 
+def state_of(model, optimizers) -> dict[str, Tensor]:
+    """All that a step changes, by name: weights, running means, what a variant keeps, the optimizers' state."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for p, values in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{p}.{name}": value for name, value in values.items()}
+    return state
+
+
 def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing."""
+    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing.
+
+    A step whose loss or gradient norm is not finite changes nothing.
+    """
+    with record_function("optimizer"):
+        before = {name: value.clone() for name, value in state_of(model, optimizers).items()}
     torch.manual_seed(cfg.seed * 1_000_003 + step)                     # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -520,6 +538,10 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)                              # as it was before clipping
         for optimizer in optimizers:
             optimizer.step()
+        finite = loss.isfinite() & grad_norm.isfinite()
+        if finite.is_cuda or not finite:                               # to ask a GPU would be to wait for it
+            for name, value in state_of(model, optimizers).items():
+                torch.where(finite, value, before[name] if name in before else torch.zeros_like(value), out=value)  # optimizers start at 0
     return {name: value.detach() for name, value in {"loss": loss, **terms, "grad_norm": grad_norm}.items()}
 
 
@@ -553,17 +575,18 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
             batch = data.batch(cfg.batch_size, cfg.seed, step)         # a function of seed and step alone, so a run can resume
         metrics = train_step(model, optimizers, batch, step, cfg)
         done = step + 1
-        log.count(metrics, batch)
+        log.count(done, metrics, batch)
         look, stop = done % look_every(cfg) == 0 or done == cfg.steps, log.stop
         due = look or done % LOG_EVERY == 0
         if due or stop:
-            values = log.read(done, metrics)           # the only line that waits for the device
+            values = log.read(metrics)                 # the only line that waits for the device
         if due:
             with eagerly(cfg):
                 figures = log.look(done, model) if look else {}
             log.write(done, values, figures)
         if look or stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
+            log.saved = done
         if stop:
             return done
     return cfg.steps
@@ -587,7 +610,7 @@ class RunLog:
 
     def __init__(self, cfg: Config, tasks: dict, held_out: dict, windows: int, start: int, state: dict | None, begin: float):
         from torch.utils.tensorboard import SummaryWriter              # slow to import, and only a run needs it
-        self.cfg, self.folder, self.start, self.stop = cfg, Path(cfg.run), start, 0
+        self.cfg, self.folder, self.start, self.saved, self.stop, self.trained = cfg, Path(cfg.run), start, start, 0, False
         self.unseen, self.epoch = make_windows(held_out), windows
         self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
         self.held_out = TaskSet(held_out, cfg.device, augment=False)
@@ -596,17 +619,17 @@ class RunLog:
         self.grad_sum, self.grad_max = (torch.tensor(self.last[name], device=cfg.device) for name in ("grad_sum", "grad_max"))
         self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, begin
         self.samples, self.windows, self.mark = self.last["samples"], self.last["windows"], (self.last["windows"], time.monotonic())
-        if start:
-            lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
-            keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]   # a cut line has no end
-            write_whole(self.folder / "log.jsonl", "".join(keep).encode())
+        self.first_bad = torch.zeros(1, device=cfg.device)             # the first step that is not a number, and its terms
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
     def state(self) -> dict:
-        """What a resumed run needs to count on from here."""
-        return {"windows": self.windows, "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
-                "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
+        """What a resumed run needs to count on from here. What is logged so far is on the disk first."""
+        self.board.flush()
+        os.fsync(self.lines.fileno())
+        log = (self.folder / "log.jsonl").read_bytes()
+        return {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(), "windows": self.windows, "seconds": round(self.seconds(), 3),
+                "sigregs": [float(x) for x in self.sigregs], "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
 
     def seconds(self) -> float:
         return self.last["seconds"] + time.monotonic() - self.begin
@@ -615,22 +638,28 @@ class RunLog:
         self.board.close()
         self.lines.close()
 
-    def count(self, metrics: dict, batch: Batch):
-        """Adds up what is reported at the end; waits for nothing."""
+    def count(self, step: int, metrics: dict, batch: Batch):
+        """Adds up what is reported at the end, and keeps the first step that is not a number; waits for nothing."""
+        row = torch.stack([torch.full_like(metrics["loss"], step), *metrics.values()])
+        self.first_bad = torch.where((self.first_bad[0] > 0) | row.isfinite().all(), self.first_bad, row)
         self.sigregs.append(metrics["sigreg_z"])
         self.grad_sum = self.grad_sum + metrics["grad_norm"]
         self.grad_max = torch.maximum(self.grad_max, metrics["grad_norm"])
         self.windows += len(batch.index)
         self.samples = len(batch.grids.first) // 2     # a view's
 
-    def read(self, step: int, metrics: dict) -> dict[str, float]:
-        """The terms of a step as numbers. Ends the run if one is not a number."""
-        values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
-            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            saved = step - 1 - (step - 1) % look_every(self.cfg)
-            raise SystemExit(f"not a number at step {step} ({terms}); " + (f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"))
-        return values
+    def read(self, metrics: dict) -> dict[str, float]:
+        """The terms of a step as numbers. Ends the run if one was not a number in this step or one before."""
+        step, *terms = self.first_bad.tolist()
+        if step:
+            terms = {name: f"{value:.4g}" for name, value in zip(metrics, terms)}
+            culprit = next(name for name in ("loss", "grad_norm", *terms) if not math.isfinite(float(terms[name])))
+            others = ", ".join(f"{name} {value}" for name, value in terms.items() if name != culprit)
+            raise SystemExit(f"{culprit} is {terms[culprit]} at step {step:.0f} ({others}); {self.checkpoint()}")
+        return {name: float(value) for name, value in metrics.items()}
+
+    def checkpoint(self) -> str:
+        return f"the last good checkpoint is step {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def write(self, step: int, values: dict, figures: dict):
         """One line for the eye, and one for programs."""
@@ -709,79 +738,93 @@ def describe_device(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def write_whole(path: Path, content: bytes):
-    """Writes a file so that at every moment either the old or the new one is there, whole."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+ZEROS = "0" * 64                                       # where a checkpoint's SHA-256 will stand
+
+
+def checksum(content: bytes) -> tuple[slice, bytes]:
+    """Where a checkpoint's SHA-256 stands in its metadata, and the SHA-256 of the whole file with zeros there: any changed byte shows."""
+    place = content.find(b'"sha256":"') + len(b'"sha256":"')
+    digest = hashlib.sha256(memoryview(content)[:place])
+    digest.update(ZEROS.encode())
+    digest.update(memoryview(content)[place + len(ZEROS):])
+    return slice(place, place + len(ZEROS)), digest.hexdigest().encode()
 
 
 def save(folder: Path, model, optimizers, step: int, cfg: Config, state: dict):
     """last.safetensors: weights, optimizer, random state, step. The one before it stays as previous.safetensors."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for p, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{p}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    tensors["random"] = torch.get_rng_state()
-    metadata = {"step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
+    tensors = state_of(model, optimizers) | {"random": torch.get_rng_state()}
+    metadata = {"sha256": ZEROS, "step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
     content = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
-    last = folder / "last.safetensors"
-    if last.exists():
-        last.replace(folder / "previous.safetensors")
-    write_whole(last, content)
+    place, digest = checksum(content)
+    write_whole(folder / "last.safetensors", content[:place.start] + digest + content[place.stop:], keep=folder / "previous.safetensors")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and metadata of last.safetensors; of previous.safetensors, with a line, if that cannot be read."""
+    """Tensors and metadata of last.safetensors; of previous.safetensors, with a line, if that is not what was written."""
     problems = []
     for name in ("last", "previous"):
         path = folder / f"{name}.safetensors"
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-            found = {"step": int(metadata["step"]), "config": json.loads(metadata["config"]), "state": json.loads(metadata["state"])}
+            content = path.read_bytes()
+            place, digest = checksum(content)
+            if content[place] != digest:
+                raise ValueError("damaged: its SHA-256 is not the one it was written with")
+            metadata = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            tensors = safetensors.torch.load(content)
+            for key, value in tensors.items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} holds what is not a number")
+            found = {"path": path, "step": int(metadata["step"]), "config": json.loads(metadata["config"]), "state": json.loads(metadata["state"])}
             if problems:
                 print(f"{problems[0]}; going on from {path}, step {found['step']}", file=sys.stderr)
             return tensors, found
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
-    raise ValueError(f"{folder}: no checkpoint that can be read ({'; '.join(problems)}); train again in another --run folder")
+    raise ValueError(f"no checkpoint that can be read ({'; '.join(problems)}); train again in another --run folder")
 
 
 def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
-    """Loads the run's checkpoint. Returns its step and what its log counted. ValueError names a flag that has changed."""
-    tensors, found = read_checkpoint(Path(cfg.run))
+    """Loads the run's checkpoint and cuts its log back to it. Returns its step and what its log counted.
+
+    ValueError names a flag that has changed; nothing on the disk is touched before all is checked.
+    """
+    folder = Path(cfg.run)
+    tensors, found = read_checkpoint(folder)
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     for name, value in found["config"].items():
         if name not in FREE_TO_CHANGE and now.get(name) != value:
             raise ValueError(DIFFERENT.format(name.replace("_", "-"), now.get(name), cfg.run, value))
     if found["step"] > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {cfg.run} is at step {found['step']} already")
-    if found["config"]["steps"] != cfg.steps:
-        print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here", file=sys.stderr)
-    load_weights(model, tensors)
-    for i, optimizer in enumerate(optimizers):
-        states = {}
-        for name, value in tensors.items():
-            if name.startswith(f"optimizer.{i}."):
-                _, _, p, part = name.split(".")
-                states.setdefault(int(p), {})[part] = value
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for optimizer in optimizers:                       # a step makes its state, which is overwritten like all else
+        optimizer.step()
+    fill(state_of(model, optimizers) | {"random": torch.get_rng_state()}, tensors)
     torch.set_rng_state(tensors["random"])
+    log = (folder / "log.jsonl").read_bytes()[:found["state"]["log_bytes"]]
+    if hashlib.sha256(log).hexdigest() != found["state"]["log_sha256"]:
+        raise ValueError(f"{folder / 'log.jsonl'} is not what step {found['step']} was logged into; put it back, or train in another --run folder")
+    if found["config"]["steps"] != cfg.steps:
+        print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here, "
+              "so the run no longer equals an uninterrupted one bit for bit", file=sys.stderr)
+    write_whole(folder / "log.jsonl", log)
+    if found["path"].name != "last.safetensors":
+        found["path"].replace(folder / "last.safetensors")             # so that a damaged one never becomes the previous
     return found["step"], found["state"]
 
 
-def load_weights(model, tensors: dict[str, Tensor]):
-    try:
-        model.load_state_dict({name[len("model."):]: value for name, value in tensors.items() if name.startswith("model.")})
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit this version of the model: {' '.join(str(error).split())[:300]}") from None
+@torch.no_grad()
+def fill(own: dict[str, Tensor], tensors: dict[str, Tensor]):
+    """Copies a checkpoint's tensors into ours. ValueError names the first that differs in name, shape or type."""
+    for name in sorted(own.keys() | tensors.keys()):
+        given, needed = (f"{value.dtype} {tuple(value.shape)}" if value is not None else "not there" for value in (tensors.get(name), own.get(name)))
+        if given != needed:
+            raise ValueError(f"the checkpoint does not fit this version of the model: {name} is {given}, here it is {needed}")
+    for name, value in tensors.items():
+        own[name].copy_(value)
 
 
 def load_run(path) -> tuple["LeJEPA", Config]:
@@ -794,7 +837,7 @@ def load_run(path) -> tuple["LeJEPA", Config]:
         model = build(cfg)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: made by another version of lejepa.py: {error}") from None
-    load_weights(model, tensors)
+    fill(state_of(model, []), {name: value for name, value in tensors.items() if name.startswith("model.")})
     return model.eval().requires_grad_(False), cfg
 
 
@@ -948,19 +991,42 @@ def commit() -> str:
 
 
 def open_folder(cfg: Config):
-    """Makes the run's folder and its config.json. A folder with anything in it is never used again without --resume."""
+    """Makes the run's folder and takes its lock, a file that the kernel unlocks when its owner ends, however it ends.
+
+    A folder with anything else in it is never used again without --resume.
+    """
     folder = Path(cfg.run)
     if cfg.resume and not folder.is_dir():
         raise ValueError(f"--resume: there is no folder {cfg.run}")
-    if not cfg.resume and folder.is_dir() and any(folder.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_used(cfg, folder)                           # before a lock is put there
+    lock = open(folder / "lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run {cfg.run}: another run is at work in this folder; wait for its end, or name another folder") from None
+    refuse_used(cfg, folder)                           # and after: one that began and ended meanwhile
+    return lock
+
+
+def refuse_used(cfg: Config, folder: Path):
+    if not cfg.resume and any(path.name != "lock" for path in folder.iterdir()):
         way_out = "add --resume to go on with it, or name another folder" if any(folder.glob("*.safetensors")) else "name another folder"
         raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not cfg.resume:
-        record = SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
-        record |= {"command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
-                   "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write_whole(folder / "config.json", json.dumps(record, indent=1).encode())
+
+
+def write_config(cfg: Config):
+    """config.json: every flag and the machine; of a resumed run, the flags that may have changed."""
+    path = Path(cfg.run) / "config.json"
+    record = SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
+    record |= {"command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
+               "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if cfg.resume and path.exists():
+        try:
+            record = json.loads(path.read_bytes()) | {"run": cfg.run, "steps": cfg.steps}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not the JSON object it was written as ({error}); put it back or remove it") from None
+    write_whole(path, json.dumps(record, indent=1).encode())
 
 
 PARTS = ("data", "code", "encoder", "predictor", "sigreg", "optimizer")                            # ranges named in the trace
@@ -1073,10 +1139,8 @@ def utilisation(model, data: TaskSet, cfg: Config, seconds: float) -> float:
     return model_flops(model, data.batch(cfg.batch_size, cfg.seed, 0), cfg) / seconds / matmul_rate(cfg)
 
 
-def prepare(cfg: Config):
-    """Everything that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
-    tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
-    open_folder(cfg)
+def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float):
+    """Everything else that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
     data = TaskSet(tasks, cfg.device)
     cut = data.table.cut
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
@@ -1084,44 +1148,68 @@ def prepare(cfg: Config):
     model = build(cfg).to(cfg.device)
     optimizers = make_optimizers(model, cfg)
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
-    return tasks, held_out, data, model, optimizers, start, state
+    write_config(cfg)
+    log = None if cfg.profile else RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
+    return data, model, optimizers, log, start
 
 
-def run(cfg: Config, begin: float, tasks: dict, held_out: dict, data: TaskSet, model, optimizers, start: int, state: dict | None) -> int:
+def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""
-    log = RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
-
     def ask_to_stop(number, frame):                    # the step in hand is finished; a second signal leaves at once
         log.stop = number
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, signal.SIG_DFL)
+        if log.trained:                                # in the evaluation there is nothing to finish
+            raise KeyboardInterrupt
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, ask_to_stop)
+    way_out = f"the same command with --run {cfg.run} --resume"
     try:
-        steps = train(model, optimizers, data, log, cfg, start)
-        if log.stop:
-            print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
-            return 128 + log.stop
-        with eagerly(cfg):
-            log.finish(model, build(cfg).to(cfg.device).eval(), steps)
-    finally:
-        log.close()
+        try:
+            steps = train(model, optimizers, data, log, cfg, start)
+            log.trained = True
+            if not log.stop:
+                with eagerly(cfg):
+                    log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+        finally:
+            log.close()
+    except KeyboardInterrupt:
+        way_out += ", which evaluates again"
+    except OSError as error:                           # no room, or no permission
+        print(f"lejepa.py: {error}; {log.checkpoint()}" + (f"; once that is mended, go on with {way_out}" if log.saved else ""), file=sys.stderr)
+        return 1
+    if log.stop:
+        print(f"stopped by a signal after step {log.saved}; to go on: {way_out}", flush=True)
+        return 128 + log.stop
     return 0
+
+
+def say_no_more(failed):
+    """What TensorBoard's thread could not write is raised again in ours, which says it in one line."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def main():
     begin = time.monotonic()
     keep_large_blocks()
+    threading.excepthook = say_no_more
     cfg = parse_flags()
+    lock = None
     try:
-        prepared = prepare(cfg)
-    except (ValueError, OSError) as error:
-        print(f"lejepa.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if cfg.profile:
-        _, _, data, model, optimizers, _, _ = prepared
-        sys.exit(profile(model, optimizers, data, cfg))
-    sys.exit(run(cfg, begin, *prepared))
+        try:
+            tasks = arc_data.split(cfg.data, cfg.validate)
+            lock = open_folder(cfg)
+            data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
+        except (ValueError, OSError) as error:
+            print(f"lejepa.py: {error}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(profile(model, optimizers, data, cfg) if cfg.profile else run(cfg, data, model, optimizers, log, start))
+    except KeyboardInterrupt:                          # before the first step
+        sys.exit(130)
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 if __name__ == "__main__":
