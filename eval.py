@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 import arc_data
+import report
 from arc_data import PAD, Windows
+from report import ALERT_STATUS, Alerts, draw, plot_run  # the last three for who trains
 
 METRICS = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "r1_without_out1", "mrr_without_out1", "within_task")
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task")  # the metrics of a run's own table
@@ -235,14 +237,15 @@ def logits(query: Tensor, pool: Tensor, score: Callable) -> Tensor:
 
 def cross_entropy(scores: Tensor, out2: Tensor) -> np.ndarray:
     """Nats of the right output among the pool, softmax(scores (W, P) / t), at the one temperature t that is best for all windows."""
-    margin = scores - scores.gather(1, out2[:, None])
-    margin = margin.float() / margin.abs().mean().clamp_min(1e-30)
-    nats = lambda log_t: torch.logsumexp(margin * math.exp(-log_t), 1)
+    margin = (scores - scores.gather(1, out2[:, None])).float()
+    margin /= margin.abs().mean().clamp_min(1e-30)
+    some = margin[::math.ceil(len(margin) / CHUNK)]  # about as many windows as make a chunk find t
+    nats = lambda margin, log_t: torch.logsumexp(margin * math.exp(-log_t), 1)
     low, high, golden = -10.0, 5.0, (5**0.5 - 1) / 2
-    while high - low > 0.02:  # the mean has one minimum in 1 / t; 0.02 of log t is less than 1e-3 nats
+    while high - low > 0.02:  # the mean has one minimum; 0.02 of log t is less than 1e-3 nats
         a, b = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, b) if nats(a).mean() < nats(b).mean() else (a, high)
-    return nats((low + high) / 2).numpy()
+        low, high = (low, b) if nats(some, a).mean() < nats(some, b).mean() else (a, high)
+    return nats(margin, (low + high) / 2).double().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- floors: what no learning scores
@@ -320,30 +323,23 @@ def standardised_features(windows: Windows) -> Tensor:
     return torch.from_numpy((x - pool.mean(0)) / np.maximum(pool.std(0), 1e-9)).float()  # (G, 31)
 
 
-def floor_rows(windows: Windows) -> dict[str, PerWindow]:
-    """What no learning scores: raw grids and 31 features, by cosine. Depends on the data alone; a few seconds a split."""
-    overlap, x = cell_overlap(windows), standardised_features(windows)
-    raw = {name: raw_scores(windows, weights, overlap) for name, weights in QUERIES.items()}
-    described = cosine(queries(x, windows, QUERIES["analogy"]), x[windows.outputs])
+def floor_rows(windows: Windows, hard: Hard | None = None, x: Tensor | None = None) -> dict[str, PerWindow]:
+    """What no learning scores: raw grids and 31 features, by cosine. Depends on the data alone; a few seconds a split.
+
+    With `hard`, whose grids have the features x (G + H, 31), against the hard pool as well.
+    """
+    overlap, x = cell_overlap(windows), standardised_features(windows) if x is None else x
+    raw = {name: raw_scores(windows, weights, overlap, hard) for name, weights in QUERIES.items()}
+    described = cosine(queries(x, windows, QUERIES["analogy"]), x[windows.outputs], hard and (lambda rows: x[hard.own[rows]]))
     scores = {f"{name}, raw": score for name, score in raw.items()}
     scores["analogy, 31 features"] = described
     scores["analogy, raw + 31 features"] = lambda rows: raw["analogy"](rows) + described(rows)
-    return {name: rank(score, windows) for name, score in scores.items()}
+    return {name: rank(score, windows, hard=hard) for name, score in scores.items()}
 
 
 def embedding_rows(z: Tensor, windows: Windows, name: str) -> dict[str, PerWindow]:
     """Copy and analogy in an embedding z (G, D) of the distinct grids, by Euclidean distance."""
     return {f"{query}, {name}": retrieval(queries(z, windows, weights), z[windows.outputs], windows) for query, weights in QUERIES.items()}
-
-
-def raw_rows(windows: Windows, hard: Hard, x: Tensor) -> dict[str, PerWindow]:
-    """Raw cells, and their cosine plus that of the 31 features x (G + H, 31), against the pool and the hard one."""
-    overlap, query = cell_overlap(windows), queries(x, windows, QUERIES["analogy"])
-    raw = {name: raw_scores(windows, weights, overlap, hard) for name, weights in QUERIES.items()}
-    described = cosine(query, x[windows.outputs], lambda rows: x[hard.own[rows]])
-    scores = {f"{name}, raw": score for name, score in raw.items()}
-    scores["analogy, raw + 31 features"] = lambda rows: raw["analogy"](rows) + described(rows)
-    return {name: rank(score, windows, hard=hard) for name, score in scores.items()}
 
 
 def symbol_bag(found: list, size: int, boxes: bool, width: int = 1024) -> Tensor:
@@ -833,7 +829,7 @@ def full(model, untrained, windows: Windows, labels: dict | None, size: int, sig
     rows, probes, nats = {"model": values}, {"model": by_label}, {"model": cross_entropy(logits(z_hat, z[windows.outputs], euclidean), out2)}
     found, every = model.codes(hard.grids), windows._replace(grids=hard.grids)
     x = standardised_features(every)
-    rows |= raw_rows(windows, hard, x)
+    rows |= floor_rows(windows, hard, x)
     for name, (x, score) in embeddings(untrained, every, z, x, found, size).items():
         x = x - x[windows.outputs].mean(0)
         asked = {f"{query}, {name}": queries(x, windows, weights) for query, weights in QUERIES.items()}
@@ -868,19 +864,6 @@ def chance(windows: Windows, hard: Hard, pairs: Pairs, width: int) -> PerWindow:
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-PALETTE = np.array([[0, 0, 0], [0, 116, 217], [255, 65, 54], [46, 204, 64], [255, 220, 0], [170, 170, 170], [240, 18, 190],
-                    [255, 133, 27], [127, 219, 255], [135, 12, 37], [255, 255, 255]], np.uint8)  # ARC's colours; 10 is no cell
-
-
-def draw(grid: np.ndarray, side: int) -> np.ndarray:
-    """A grid as a (side, side, 3) picture in ARC's colours, its cells as large as they fit."""
-    cell = side // max(grid.shape)
-    picture = np.full((side, side), PAD)
-    large = np.kron(grid, np.ones((cell, cell), grid.dtype))
-    picture[:large.shape[0], :large.shape[1]] = large
-    return PALETTE[picture]
-
-
 @torch.no_grad()
 def picture(model, windows: Windows, pool: Tensor, rows: int = 6, top: int = 3, side: int = 90, seed: int = 0) -> np.ndarray:
     """(H, W, 3) uint8: a line a window, with in1, out1, in2, a gap, the truth, a gap, and the `top` of pool (P, D) nearest to z_hat."""
@@ -894,54 +877,6 @@ def picture(model, windows: Windows, pool: Tensor, rows: int = 6, top: int = 3, 
         cells = [in1, thin, out1, thin, in2, gap, truth, gap] + [part for i in best for part in (draw(windows.grids[i], side), thin)]
         lines += [np.concatenate(cells, 1), np.full((4, sum(cell.shape[1] for cell in cells), 3), 200, np.uint8)]
     return np.concatenate(lines)
-
-
-# The recorded `production` run of arc-jepa-rl (2025-12; InfoNCE, VQ codebook, 20+ hyper-parameters): step, rank of context
-# and of target, share of codes used.
-RECORDED = {"step": (100, 1000, 3000, 5000, 7600), "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
-            "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336)}
-
-
-def plot_run(folder: Path) -> Path:
-    """result.png of a run's folder: retrieval against the floors, loss, and health over training beside a recorded failure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    result = json.loads((folder / "result.json").read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    looks = [row for row in log if row.get("effective_rank_target") is not None]
-    figure, (bars, curves, ranks, usage) = pyplot.subplots(1, 4, figsize=(19, 4.6), width_ratios=(1.5, 1, 1, 1), layout="constrained")
-    _plot_retrieval(bars, result)
-    for name, label in (("ndcg10_without_out1", "unseen tasks"), ("train_ndcg10_without_out1", "training tasks")):
-        curves.plot([row["step"] for row in looks], [row[name] for row in looks], label=label)
-    curves.axhline(result["floor_ndcg10_without_out1"], color="grey", linestyle=":", label="best no-learning row, unseen")
-    curves.set(xlabel="step", ylabel="nDCG@10 without out1", title="retrieval by z_hat over training")
-    for axis, names, title in ((ranks, ("effective_rank_context", "effective_rank_target"), "effective rank"), (usage, ("codes_usage",), "share of codes used")):
-        for name, colour in zip(names, ("tab:blue", "tab:orange")):
-            label = name.replace("effective_rank_", "").replace("codes_usage", "codes")
-            if looks[-1][name] is not None:
-                axis.plot(np.array([row["step"] for row in looks]) / looks[-1]["step"], [row[name] for row in looks], color=colour, label=label)
-            axis.plot(np.array(RECORDED["step"]) / RECORDED["step"][-1], RECORDED[name], color=colour, linestyle=":", marker="o", markersize=3,
-                      label=f"{label}, arc-jepa-rl 'production'")
-        axis.set(xlabel="share of the run", title=title, ylabel=title, ylim=(0, 1.05 if axis is usage else None))
-    for axis in (curves, ranks, usage):
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "result.png", dpi=80)
-    pyplot.close(figure)
-    return folder / "result.png"
-
-
-def _plot_retrieval(axis, result: dict):
-    """Bars of nDCG@10 without out1, the model's with its interval, the floors below it."""
-    metric = "ndcg10_without_out1"
-    rows = {"z_hat": result[metric]} | {name: values[metric] for name, values in result["floors"].items()}
-    names = list(rows)[::-1]
-    low, high = result["intervals"][metric]
-    axis.barh(names, [rows[name] for name in names], color=["tab:blue" if name == "z_hat" else "lightgrey" for name in names])
-    axis.errorbar(rows["z_hat"], "z_hat", xerr=[[rows["z_hat"] - low], [high - rows["z_hat"]]], color="black", capsize=3)
-    for name, value in rows.items():
-        axis.text(0.01, name, f"{value:.3f}", va="center", fontsize=8)
-    axis.set(xlabel="nDCG@10 without out1, unseen tasks", title=f"next-grid retrieval, {result['validation_windows']} windows", xlim=(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -959,15 +894,14 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def eval_json(result: dict) -> dict:
-    return {metric: {"model": result[metric], "floors": {row: means[metric] for row, means in result["floors"].items()},
-                     "interval": result["intervals"][metric], "n": result["windows"]} for metric in COMPARED}
+def write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)  # what was there stays whole until now
 
 
 def write_json(path: Path, value: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)  # what was there stays whole until now
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -987,25 +921,195 @@ def warn_of_leaks(cfg, source: str, tasks: dict):
         print(f"{len(shared)} of the {len(tasks)} tasks of {source} share a pair with the training tasks: not unseen", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="eval.py", description="Next-grid retrieval of a run's frozen encoder, beside what no learning scores.", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a folder that lejepa.py wrote")
-    parser.add_argument("--data", metavar="SOURCE", default=arc_data.REPORTED, help="tasks to evaluate on (default: %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where eval.json goes (default: RUN)")
-    args = parser.parse_args(argv)
-    from lejepa import build, load_run
-    out = args.out or args.run
+def read_log(folder: Path) -> tuple[list[dict], dict]:
+    """The lines of log.jsonl and result.json; nothing of a file that is not there. A line that was cut has no end."""
+    log, result = folder / "log.jsonl", folder / "result.json"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")], json.loads(result.read_text()) if result.exists() else {}
+
+
+def read_labels(path: Path, tasks: dict) -> dict[str, str]:
+    """{task id: class name} of a JSON file. ValueError for another form, or for tasks that the data do not have."""
     try:
-        model, cfg = load_run(args.run)
-        tasks = arc_data.load_tasks(args.data)
-        windows = arc_data.make_windows(tasks)
-        warn_of_leaks(cfg, args.data, tasks)
-        out.mkdir(parents=True, exist_ok=True)
-        result, _ = evaluate(model, windows, untrained=build(cfg).eval())
-        write_json(out / "eval.json", eval_json(result))
+        labels = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--labels {path}: not readable as JSON: {error}") from None
+    if not isinstance(labels, dict) or not labels or not all(isinstance(name, str) for name in labels.values()):
+        raise ValueError(f"--labels {path}: needs a JSON object {{task id: class name}}, its names strings")
+    unknown = [name for name in labels if name not in tasks]
+    if unknown:
+        raise ValueError(f"--labels {path}: {len(unknown)} tasks are not in --data, {', '.join(unknown[:3])} among them")
+    if len(set(labels.values())) < 2:
+        raise ValueError(f"--labels {path}: all tasks have one class; a probe needs two")
+    return labels
+
+
+def left_out(tasks: dict, labels: dict | None) -> list[str]:
+    """What the data hold that some figure cannot use, counted."""
+    counts = {"test pairs without an output: in no window and no pair": sum(out is None for task in tasks.values() for _, out in task.test),
+              "tasks with fewer than two complete pairs: in no window and no pair": sum(len(arc_data.pairs_of(task)) < 2 for task in tasks.values()),
+              "tasks without a label: not probed": len(tasks) - len(labels) if labels else 0}
+    return [f"left out: {count} {what}" for what, count in counts.items() if count]
+
+
+def open_run(path: Path, source: str) -> tuple:
+    """Model, Config, tasks and windows. ValueError says what is not as it must be."""
+    from lejepa import load_run
+    model, cfg = load_run(path)
+    tasks = arc_data.load_tasks(source)
+    windows = arc_data.make_windows(tasks)
+    if not len(windows.task):
+        raise ValueError(f"--data {source}: no task has two pairs with outputs, and every figure needs them; give data with outputs")
+    warn_of_leaks(cfg, source, tasks)
+    return model, cfg, tasks, windows
+
+
+def evaluate_run(args) -> None:
+    import lejepa
+    model, cfg, tasks, windows = open_run(args.run, args.data)
+    labels = read_labels(args.labels, tasks) if args.labels else None
+    notes = left_out(tasks, labels)
+    out = args.out or args.run
+    out.mkdir(parents=True, exist_ok=True)
+    done = full(model, lejepa.build(cfg).eval(), windows, labels, lejepa.CODE_SIZE, lejepa.sigreg, lejepa.SIGREG_NULL)
+    log, result = read_log(args.run)
+    judged = report.verdicts(log, result, cfg.lam, done.health, done.figures)
+    tables = [report.table(done.figures, metrics) for metrics in (RETRIEVAL, PAIRWISE)]
+    lines = [f"{'unknown' if ok is None else 'pass' if ok else 'FAIL':8} {name}: {text}" for name, ok, text in judged]
+    pictures = draw_report(out, done, windows, labels, log, lejepa.CODE_SIZE)
+    write_json(out / "eval.json", done.figures)
+    write_json(out / "health.json", done.health | {"verdicts": {name: {"pass": ok, "figure": text} for name, ok, text in judged}})
+    report.write(out / "report.md", f"{args.run} on {args.data}", notes, tables, lines, done.health, pictures)
+    print("\n".join([*notes, *(report.plain(table) + "\n" for table in tables), *lines, f"written: {out}/eval.json, health.json, report.md"]))
+
+
+def draw_report(out: Path, done: Full, windows: Windows, labels: dict | None, log: list[dict], size: int) -> list[tuple[str, str]]:
+    """The report's pictures, as (file, what it shows)."""
+    sample = torch.from_numpy(np.random.default_rng(0).permutation(len(done.z_hat))[:SAMPLE])
+    context, target = done.z_hat[sample], done.z[windows.index[sample, 3]]
+    normal = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
+    spectra = {name: spectrum(x).flip(0).numpy() for name, x in (("context (z_hat)", context), ("target (z)", target), (f"N(0, I), N = {len(context)}", normal))}
+    chosen = np.sort(np.random.default_rng(0).permutation(len(windows.task))[:8])
+    near = windows.outputs[torch.cdist(done.z_hat[chosen], done.z[windows.outputs]).argsort(1)[:, :5].numpy()]
+    shown = [[windows.grids[i] for i in [*windows.index[row], *best]] for row, best in zip(chosen, near)]
+    change = pair_features(done.z, done.pairs)
+    change = principal(change, 2) if change.shape[1] > 2 else change
+    kinds = done.pairs.y[:, 0] if labels else done.pairs.task
+    names = sorted(set(labels.values())) if labels else windows.task_ids
+    pictures = [report.plot_floors(out, done.figures, RETRIEVAL + PAIRWISE), report.plot_spectrum(out, spectra),
+                report.plot_neighbours(out, shown, [windows.task_ids[i] for i in windows.task[chosen]]),
+                report.plot_map(out, change.numpy(), kinds, names, "label" if labels else "task")]
+    kind, tokens = code_kinds(windows.grids)
+    codes = torch.cat([codes for codes, _ in done.found]).numpy()
+    if codes.shape[1]:
+        pictures += [report.plot_code_use(out, codes, np.unique(kind, return_index=True)[1], size), report.plot_symbols(out, codes, kind, tokens, size)]
+    return pictures + ([report.plot_training(out, {"": log})] if any(row.get("validation_loss") for row in log) else [])
+
+
+def write_codes(args) -> None:
+    """One JSON line a grid: what the model says of it, object by object, the whole grid first. The format is described in README.md."""
+    from lejepa import load_run
+    model, _ = load_run(args.run)
+    where, grids = [], []
+    for task_id, task in arc_data.load_tasks(args.data).items():
+        for split, pairs in (("train", task.train), ("test", task.test)):
+            for number, pair in enumerate(pairs):
+                for side, grid in zip(("input", "output"), pair):
+                    if grid is not None:
+                        where.append({"task": task_id, "split": split, "pair": number, "side": side})
+                        grids.append(grid)
+    tokens, lines = arc_data.tokenise(grids), []
+    for line, start, (codes, boxes) in zip(where, tokens.start, model.codes(grids)):
+        rows = slice(start, start + len(codes))
+        objects = zip(codes.tolist(), boxes.tolist(), tokens.colour[rows].tolist(), tokens.area[rows].astype(int).tolist())
+        lines.append(json.dumps(line | {"objects": [dict(zip(("codes", "box", "colour", "size"), values)) for values in objects]}))
+    write_text(args.out, "\n".join(lines) + "\n")
+    print(f"{args.out}: {len(lines)} grids, {len(tokens.colour)} objects, {tokens.cut.sum()} more were cut")
+
+
+def code_agreement(a: np.ndarray, b: np.ndarray, size: int) -> float:
+    """Share of objects whose code in `a` (n,) is, up to the best greedy one-to-one matching of codes, the one in `b` (n,)."""
+    pairs, counts = np.unique(a * size + b, return_counts=True)
+    used_a, used_b, matched = set(), set(), 0
+    for pair, count in sorted(zip(pairs.tolist(), counts.tolist()), key=lambda item: -item[1]):
+        left, right = divmod(pair, size)
+        if left not in used_a and right not in used_b:
+            used_a.add(left)
+            used_b.add(right)
+            matched += count
+    return matched / len(a)
+
+
+def compare_codes(a: np.ndarray, b: np.ndarray, size: int) -> dict[str, float]:
+    """Agreement of the codes (n, n_codes) of two models of the same objects, by position matched greedily too, and what chance gives.
+
+    Chance is the same matching of objects that were shuffled: with few objects a code, a matching finds much to match.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(a))
+    result = {}
+    for name, other in (("agreement", b), ("chance", b[shuffled])):
+        table = np.array([[code_agreement(x, y, size) for y in other.T] for x in a.T])
+        found = []
+        while len(found) < min(table.shape):
+            i, j = np.unravel_index(table.argmax(), table.shape)
+            found.append(table[i, j])
+            table[i], table[:, j] = -1, -1
+        result[name] = float(np.mean(found))
+    return result
+
+
+def compare_runs(args) -> None:
+    """Runs side by side on the same windows: every metric, its difference from the first run's with a paired interval, and codes."""
+    from lejepa import CODE_SIZE
+    rows, codes, logs, names = {}, {}, {}, [path.name if len({p.name for p in args.runs}) == len(args.runs) else str(path) for path in args.runs]
+    for name, path in zip(names, args.runs):
+        model, _, _, windows = open_run(path, args.data)
+        hard, pairs = distractors(windows), find_pairs(windows)
+        _, _, rows[name], _ = model_rows(model, windows, hard, pairs)
+        codes[name], logs[name] = torch.cat([found for found, _ in model.codes(windows.grids)]).numpy(), read_log(path)[0]
+    task, first = groups(windows, hard, pairs), names[0]
+    distinct = np.unique(code_kinds(windows.grids)[0], return_index=True)[1]
+    result = {"data": args.data, "runs": {}}
+    for name in names:
+        result["runs"][name] = {}
+        for metric in (metric for metric in RETRIEVAL + PAIRWISE if metric in rows[first]):
+            a, b = rows[name][metric], rows[first][metric]
+            result["runs"][name][metric] = {"value": float(a.mean()), "interval": interval(a, task[metric]), "difference": difference(a, b, task[metric])}
+        if name != first and codes[name].shape[1] and codes[first].shape[1]:
+            result["runs"][name]["codes"] = compare_codes(codes[first][distinct], codes[name][distinct], CODE_SIZE)
+    out = args.out or args.runs[0].parent / "compare"
+    out.mkdir(parents=True, exist_ok=True)
+    text = report.compare_text(result, first)
+    write_json(out / "compare.json", result)
+    write_text(out / "compare.md", text + "\n![figures over training](training.png)\n")
+    report.plot_training(out, logs)
+    print(text + f"written: {out}/compare.json, compare.md, training.png")
+
+
+COMMANDS = {"codes": (write_codes, "The symbols of every grid, a line a grid."), "compare": (compare_runs, "Runs side by side, paired by window.")}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv and argv[0] in COMMANDS else None
+    command, about = COMMANDS.get(name, (evaluate_run, "What a run's frozen encoder is worth, beside what no learning scores, and whether it is healthy. "
+                                         "Also: eval.py codes --help, eval.py compare --help."))
+    parser = Parser(prog=f"eval.py {name}" if name else "eval.py", description=about, allow_abbrev=False)
+    runs = {"nargs": "+", "dest": "runs"} if name == "compare" else {"dest": "run"}
+    parser.add_argument(metavar="RUN", type=Path, help="a folder that lejepa.py wrote", **runs)
+    if name == "codes":
+        parser.add_argument("--data", metavar="SOURCE", required=True, help="tasks whose grids are encoded")
+        parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="where the lines go")
+    else:
+        parser.add_argument("--data", metavar="SOURCE", default=arc_data.REPORTED, help="tasks to evaluate on (default: %(default)s)")
+        parser.add_argument("--out", metavar="FOLDER", type=Path, help=f"where the record goes (default: {'RUN/../compare' if name else 'RUN'})")
+    if name is None:
+        parser.add_argument("--labels", metavar="FILE", type=Path, help="JSON {task id: class name} to probe for (default: seven properties of a pair)")
+    args = parser.parse_args(argv[1:] if name else argv)
+    try:
+        command(args)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(table(result))
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class Config:
     compile: bool = None               # torch.compile the model's forward and backward (default: on a GPU only)
     resume: bool = False               # continue the run in --run
     profile: bool = False              # trace the training step into <run>/profile/ and stop
+    stop_on_alert: bool = False        # end the run, its checkpoint kept, with exit status 3 when an alert of eval.py trips
     code: str = "gaussian"             # gaussian; for comparison: ema (the VQ-VAE codebook), none
     objective: str = "lejepa"          # lejepa; for comparison: infonce
 
@@ -92,7 +93,7 @@ class Config:
 CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
            "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
-FREE_TO_CHANGE = ("run", "resume", "steps")            # flags that a resumed run may give anew
+FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")            # flags that a resumed run may give anew
 
 
 def parse_flags(argv: list[str] | None = None) -> Config:
@@ -561,6 +562,7 @@ class RunLog:
             lines = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
             keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]   # a cut line has no end
             write_whole(self.folder / "log.jsonl", "".join(keep).encode())
+        self.alerts = evaluation.Alerts(map(json.loads, keep if start else ()))
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
@@ -608,6 +610,10 @@ class RunLog:
               f"  sigreg {values['sigreg']:.3f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left", flush=True)
         if figures:
             print("      unseen tasks:", "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None), flush=True)
+        for line in self.alerts.feed(row):
+            print(f"      {line}", flush=True)
+            if self.cfg.stop_on_alert and line.startswith("alert") and step < self.cfg.steps:
+                self.stop = -evaluation.ALERT_STATUS   # no signal has such a number
 
     @torch.no_grad()
     def look(self, step: int, model) -> dict:
@@ -964,6 +970,9 @@ def run(cfg: Config, begin: float, tasks: dict, held_out: dict, data: TaskSet, m
         signal.signal(sign, ask_to_stop)
     try:
         steps = train(model, optimizers, data, log, cfg, start)
+        if log.stop == -evaluation.ALERT_STATUS:
+            print(f"stopped by an alert after step {steps}; to go on all the same: the same command with --run {cfg.run} --resume, without --stop-on-alert", flush=True)
+            return evaluation.ALERT_STATUS
         if log.stop:
             print(f"stopped by a signal after step {steps}; to go on: the same command with --run {cfg.run} --resume", flush=True)
             return 128 + log.stop
