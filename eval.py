@@ -996,7 +996,7 @@ def draw_report(out: Path, done: Full, windows: Windows, labels: dict | None, lo
     change = principal(change, 2) if change.shape[1] > 2 else change
     kinds = done.pairs.y[:, 0] if labels else done.pairs.task
     names = sorted(set(labels.values())) if labels else windows.task_ids
-    pictures = [report.plot_floors(out, done.figures, RETRIEVAL + PAIRWISE), report.plot_spectrum(out, spectra),
+    pictures = [report.plot_floors(out, "retrieval", done.figures, RETRIEVAL), report.plot_floors(out, "pairs", done.figures, PAIRWISE), report.plot_spectrum(out, spectra),
                 report.plot_neighbours(out, shown, [windows.task_ids[i] for i in windows.task[chosen]]),
                 report.plot_map(out, change.numpy(), kinds, names, "label" if labels else "task")]
     kind, tokens = code_kinds(windows.grids)
@@ -1061,7 +1061,10 @@ def compare_codes(a: np.ndarray, b: np.ndarray, size: int) -> dict[str, float]:
 def compare_runs(args) -> None:
     """Runs side by side on the same windows: every metric, its difference from the first run's with a paired interval, and codes."""
     from lejepa import CODE_SIZE
-    rows, codes, logs, names = {}, {}, {}, [path.name if len({p.name for p in args.runs}) == len(args.runs) else str(path) for path in args.runs]
+    names = [path.name if len({p.name for p in args.runs}) == len(args.runs) else str(path) for path in args.runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{' '.join(names)}: a run is named twice; compare takes different ones")
+    rows, codes, logs = {}, {}, {}
     for name, path in zip(names, args.runs):
         model, _, _, windows = open_run(path, args.data)
         hard, pairs = distractors(windows), find_pairs(windows)

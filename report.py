@@ -74,7 +74,7 @@ def _plot_retrieval(axis, result: dict):
 # Each writes one PNG into a folder and returns its name and what it shows.
 
 
-def plot_floors(folder: Path, figures: dict, metrics: tuple) -> tuple[str, str]:
+def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple[str, str]:
     """A panel a metric: the model with its interval, then every floor, the highest first."""
     metrics = [metric for metric in metrics if figures[metric]["model"] is not None]
     rows = -(-len(metrics) // 3)
@@ -85,15 +85,15 @@ def plot_floors(folder: Path, figures: dict, metrics: tuple) -> tuple[str, str]:
     for axis, metric in zip(axes, metrics):
         entry = figures[metric]
         floors = sorted(entry["floors"].items(), key=lambda item: item[1])
-        names, values = [*(name for name, _ in floors), "model"], [*(value for _, value in floors), entry["model"]]
+        names, values = [*(row for row, _ in floors), "model"], [*(value for _, value in floors), entry["model"]]
         axis.barh(names, values, color=["lightgrey"] * len(floors) + ["tab:blue"])
         low, high = entry["interval"]
         axis.errorbar(entry["model"], "model", xerr=[[entry["model"] - low], [high - entry["model"]]], color="black", capsize=3)
-        for name, value in zip(names, values):
-            axis.text(0.01, name, f"{value:.3f}", va="center", fontsize=7, color="white" if name == "model" and value > 0.1 else "black")
+        for row, value in zip(names, values):
+            axis.text(0.01, row, f"{value:.3f}", va="center", fontsize=7, color="white" if row == "model" and value > 0.1 else "black")
         axis.tick_params(axis="y", labelsize=7)
         axis.set(xlim=(0, 1), xlabel=metric, ylabel="row", title=f"{metric}, n = {entry['n']}")
-    return _save(figure, folder, "floors.png", "Every figure with its 95 % interval over tasks, and what no learning scores by the same code")
+    return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code")
 
 
 def plot_spectrum(folder: Path, spectra: dict[str, np.ndarray]) -> tuple[str, str]:
