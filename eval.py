@@ -323,18 +323,19 @@ def standardised_features(windows: Windows) -> Tensor:
     return torch.from_numpy((x - pool.mean(0)) / np.maximum(pool.std(0), 1e-9)).float()  # (G, 31)
 
 
-def floor_rows(windows: Windows, hard: Hard | None = None, x: Tensor | None = None) -> dict[str, PerWindow]:
-    """What no learning scores: raw grids and 31 features, by cosine. Depends on the data alone; a few seconds a split.
-
-    With `hard`, whose grids have the features x (G + H, 31), against the hard pool as well.
-    """
+def floor_scores(windows: Windows, hard: Hard | None = None, x: Tensor | None = None) -> dict[str, Score]:
+    """Scores by the cosine of raw grids and of 31 features; with `hard`, whose grids have the features x (G + H, 31), of distractors too."""
     overlap, x = cell_overlap(windows), standardised_features(windows) if x is None else x
     raw = {name: raw_scores(windows, weights, overlap, hard) for name, weights in QUERIES.items()}
     described = cosine(queries(x, windows, QUERIES["analogy"]), x[windows.outputs], hard and (lambda rows: x[hard.own[rows]]))
     scores = {f"{name}, raw": score for name, score in raw.items()}
     scores["analogy, 31 features"] = described
-    scores["analogy, raw + 31 features"] = lambda rows: raw["analogy"](rows) + described(rows)
-    return {name: rank(score, windows, hard=hard) for name, score in scores.items()}
+    return scores | {"analogy, raw + 31 features": lambda rows: raw["analogy"](rows) + described(rows)}
+
+
+def floor_rows(windows: Windows) -> dict[str, PerWindow]:
+    """What no learning scores: raw grids and 31 features, by cosine. Depends on the data alone; a few seconds a split."""
+    return {name: rank(score, windows) for name, score in floor_scores(windows).items()}
 
 
 def embedding_rows(z: Tensor, windows: Windows, name: str) -> dict[str, PerWindow]:
@@ -829,7 +830,10 @@ def full(model, untrained, windows: Windows, labels: dict | None, size: int, sig
     rows, probes, nats = {"model": values}, {"model": by_label}, {"model": cross_entropy(logits(z_hat, z[windows.outputs], euclidean), out2)}
     found, every = model.codes(hard.grids), windows._replace(grids=hard.grids)
     x = standardised_features(every)
-    rows |= floor_rows(windows, hard, x)
+    for name, score in floor_scores(windows, hard, x).items():
+        rows[name] = rank(score, windows, hard=hard)
+        if name.startswith("analogy, raw"):
+            nats[name] = cross_entropy(score(torch.arange(len(out2)))[:, :len(windows.outputs)], out2)
     for name, (x, score) in embeddings(untrained, every, z, x, found, size).items():
         x = x - x[windows.outputs].mean(0)
         asked = {f"{query}, {name}": queries(x, windows, weights) for query, weights in QUERIES.items()}
@@ -838,7 +842,9 @@ def full(model, untrained, windows: Windows, labels: dict | None, size: int, sig
         if name != "trained":  # that one is the model's own
             rows[name], probes[name] = pair_answers(principal(x[:len(windows.grids)], z.shape[1]), pairs)
     rows["raw"], probes["raw"] = pair_answers(principal(one_hot_cells(windows.grids), z.shape[1]), pairs)
-    rows["chance"] = chance(windows, hard, pairs, z.shape[1])
+    x = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    rows["chance"] = ask(x[windows.index[:, 0]], x, windows, hard) | {"task_1nn": nearest_task(pair_features(x, pairs), pairs)[0]}
+    rows["majority"] = majority_rows(pairs)
 
     task = groups(windows, hard, pairs)
     figures = {metric: figure(rows, metric, task[metric]) for metric in RETRIEVAL + PAIRWISE}
@@ -854,12 +860,10 @@ def full(model, untrained, windows: Windows, labels: dict | None, size: int, sig
     return Full(rows, figures, record | {"codes": code_health(model, windows.grids, found, size)}, z[:len(windows.grids)], z_hat, found, pairs)
 
 
-def chance(windows: Windows, hard: Hard, pairs: Pairs, width: int) -> PerWindow:
-    """What embeddings drawn at random score; a probe that knows nothing is right in one of its classes."""
-    x = torch.randn(len(hard.grids), width, generator=torch.Generator().manual_seed(0))
-    y = probed(pairs).y
-    share = np.full(len(y), np.mean([1 / len(np.unique(column)) for column in y.T]) if y.size else 0.0)
-    return ask(x[windows.index[:, 0]], x, windows, hard) | {"task_1nn": nearest_task(pair_features(x, pairs), pairs)[0]} | dict.fromkeys(PAIRWISE[1:], share)
+def majority_rows(pairs: Pairs) -> PerWindow:
+    """The balanced accuracy of always saying the most frequent class: one of the classes is right."""
+    classes = [len(np.unique(column)) for column in probed(pairs).y.T]
+    return dict.fromkeys(PAIRWISE[1:], np.array([np.mean(1 / np.array(classes))])) if classes else {}
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -976,14 +980,14 @@ def evaluate_run(args) -> None:
     judged = report.verdicts(log, result, cfg.lam, done.health, done.figures)
     tables = [report.table(done.figures, metrics) for metrics in (RETRIEVAL, PAIRWISE)]
     lines = [f"{'unknown' if ok is None else 'pass' if ok else 'FAIL':8} {name}: {text}" for name, ok, text in judged]
-    pictures = draw_report(out, done, windows, labels, log, lejepa.CODE_SIZE)
+    pictures = draw_report(out, args.run.name, done, windows, labels, log, lejepa.CODE_SIZE)
     write_json(out / "eval.json", done.figures)
     write_json(out / "health.json", done.health | {"verdicts": {name: {"pass": ok, "figure": text} for name, ok, text in judged}})
-    report.write(out / "report.md", f"{args.run} on {args.data}", notes, tables, lines, done.health, pictures)
+    write_text(out / "report.md", report.page(f"{args.run} on {args.data}", notes, tables, lines, done.health, pictures))
     print("\n".join([*notes, *(report.plain(table) + "\n" for table in tables), *lines, f"written: {out}/eval.json, health.json, report.md"]))
 
 
-def draw_report(out: Path, done: Full, windows: Windows, labels: dict | None, log: list[dict], size: int) -> list[tuple[str, str]]:
+def draw_report(out: Path, name: str, done: Full, windows: Windows, labels: dict | None, log: list[dict], size: int) -> list[tuple[str, str]]:
     """The report's pictures, as (file, what it shows)."""
     sample = torch.from_numpy(np.random.default_rng(0).permutation(len(done.z_hat))[:SAMPLE])
     context, target = done.z_hat[sample], done.z[windows.index[sample, 3]]
@@ -1003,7 +1007,7 @@ def draw_report(out: Path, done: Full, windows: Windows, labels: dict | None, lo
     codes = torch.cat([codes for codes, _ in done.found]).numpy()
     if codes.shape[1]:
         pictures += [report.plot_code_use(out, codes, np.unique(kind, return_index=True)[1], size), report.plot_symbols(out, codes, kind, tokens, size)]
-    return pictures + ([report.plot_training(out, {"": log})] if any(row.get("validation_loss") for row in log) else [])
+    return pictures + ([report.plot_training(out, {name: log})] if any(row.get("validation_loss") for row in log) else [])
 
 
 def write_codes(args) -> None:

@@ -93,7 +93,7 @@ class Config:
 CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
            "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
-FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")            # flags that a resumed run may give anew
+FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
 
 
 def parse_flags(argv: list[str] | None = None) -> Config:

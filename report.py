@@ -1,4 +1,4 @@
-"""Pictures and pages of figures that eval.py has worked out. Nothing here reads a model or measures anything.
+"""Alerts, verdicts, pictures and pages of figures that eval.py or a run has worked out. Nothing here reads a model.
 
     n objects   K codes   D embedding width
 """
@@ -77,9 +77,10 @@ def _plot_retrieval(axis, result: dict):
 def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple[str, str]:
     """A panel a metric: the model with its interval, then every floor, the highest first."""
     metrics = [metric for metric in metrics if figures[metric]["model"] is not None]
-    rows = -(-len(metrics) // 3)
-    figure = Figure(figsize=(15, 0.2 + 4.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False).ravel()
+    columns = 2 if len(metrics) == 4 else 3
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(5 * columns, 0.2 + 4.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(metrics):]:
         axis.remove()
     for axis, metric in zip(axes, metrics):
@@ -93,7 +94,7 @@ def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple
             axis.text(0.01, row, f"{value:.3f}", va="center", fontsize=7, color="white" if row == "model" and value > 0.1 else "black")
         axis.tick_params(axis="y", labelsize=7)
         axis.set(xlim=(0, 1), xlabel=metric, ylabel="row", title=f"{metric}, n = {entry['n']}")
-    return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code")
+    return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code", dpi=65)
 
 
 def plot_spectrum(folder: Path, spectra: dict[str, np.ndarray]) -> tuple[str, str]:
@@ -186,7 +187,7 @@ def plot_map(folder: Path, x: np.ndarray, kinds: np.ndarray, names: list[str], w
     return _save(figure, folder, "map.png", f"Pairs of unseen tasks on two axes, coloured by {what}")
 
 
-CURVES = (("retrieval on unseen tasks", ("ndcg10_without_out1", "within_task")), ("loss of a step", ("loss",)), ("validation loss", ("validation_loss",)),
+CURVES = (("figures of unseen tasks", ("ndcg10_without_out1", "within_task")), ("loss of a step", ("loss",)), ("loss on unseen tasks", ("validation_loss",)),
           ("gradient norm", ("grad_norm",)), ("effective rank", ("effective_rank_context", "effective_rank_target")), ("share of codes", ("codes_usage", "codes_perplexity")))
 
 
@@ -194,14 +195,14 @@ def plot_training(folder: Path, runs: dict[str, list[dict]]) -> tuple[str, str]:
     """Figures over training, of one run or of several in one figure: a colour a run, a line style a figure."""
     figure = Figure(figsize=(15, 7.6), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(2, 3).ravel(), CURVES):
-        for number, (name, log) in enumerate(runs.items()):
+        for number, log in enumerate(runs.values()):
             for key, style in zip(keys, ("-", "--")):
                 points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
-                if points:
-                    axis.plot(*zip(*points), style, color=f"C{number}", label=f"{name} {key}".strip())
-        axis.set(xlabel="step", ylabel=title, title=title, yscale="log" if "loss" in title or "norm" in title else "linear")
-        if axis.lines:
-            axis.legend(fontsize=7)
+                axis.plot(*zip(*points or [(np.nan, np.nan)]), style, color=f"C{number}")
+        axis.set(xlabel="step", ylabel=title, yscale="log" if "loss" in title or "norm" in title else "linear")
+        lines = [axis.plot([], [], style, color="black", label=key)[0] for key, style in zip(keys, ("-", "--"))]
+        axis.legend(handles=lines, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    figure.legend([figure.axes[0].plot([], [], color=f"C{number}")[0] for number in range(len(runs))], list(runs), loc="outside lower center", ncols=6)
     return _save(figure, folder, "training.png", "Figures over training")
 
 
@@ -332,7 +333,7 @@ def probe_cells(probes: dict[str, dict]) -> list[list[str]]:
     return [["linear probe", *names], *([row, *(f"{means[name]['probe_linear']:.3f}" for name in names)] for row, means in probes.items())]
 
 
-def write(path: Path, title: str, notes: list[str], tables: list, verdicts: list[str], health: dict, pictures: list[tuple[str, str]]) -> None:
+def page(title: str, notes: list[str], tables: list, verdicts: list[str], health: dict, pictures: list[tuple[str, str]]) -> str:
     """report.md: verdicts, tables, health and pictures."""
     parts = [f"# {title}", *(f"- {note}" for note in notes), "## Verdicts", "\n".join(f"    {line}" for line in verdicts), "## Figures",
              "The model answers retrieval with z_hat, and questions about pairs with (z_in, z_out, z_out - z_in). Intervals are bootstraps over tasks; "
@@ -340,7 +341,7 @@ def write(path: Path, title: str, notes: list[str], tables: list, verdicts: list
     if health["probes"]["model"]:
         parts.append(markdown(probe_cells(health["probes"])))
     parts += ["## Health", markdown(health_cells(health)), "## Pictures", *(f"{about}.\n\n![{about}]({name})" for name, about in pictures)]
-    path.write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def compare_text(result: dict, first: str) -> str:
