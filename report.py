@@ -91,8 +91,8 @@ def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple
         low, high = entry["interval"]
         axis.errorbar(entry["model"], "model", xerr=[[entry["model"] - low], [high - entry["model"]]], color="black", capsize=3)
         for row, value in zip(names, values):
-            axis.text(0.01, row, f"{value:.3f}", va="center", fontsize=7, color="white" if row == "model" and value > 0.1 else "black")
-        axis.tick_params(axis="y", labelsize=7)
+            axis.text(0.01, row, f"{value:.3f}", va="center", fontsize=8, color="white" if row == "model" and value > 0.1 else "black")
+        axis.tick_params(axis="y", labelsize=8)
         axis.set(xlim=(0, 1), xlabel=metric, ylabel="row", title=f"{metric}, n = {entry['n']}")
     return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code", dpi=65)
 
