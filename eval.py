@@ -28,7 +28,7 @@ from torch import Tensor
 import arc_data
 import report
 from arc_data import PAD, Windows
-from report import ALERT_STATUS, Alerts, draw, plot_run  # the last three for who trains
+from report import ALERT_STATUS, Alerts, draw, plot_run  # all but draw for who trains
 
 METRICS = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "r1_without_out1", "mrr_without_out1", "within_task")
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task")  # the metrics of a run's own table
@@ -784,7 +784,6 @@ def code_health(model, grids: list, found: list, size: int) -> dict:
 class Full(NamedTuple):
     """What the report is made of."""
 
-    rows: dict[str, PerWindow]  # the first is the model
     figures: dict  # eval.json
     health: dict  # health.json: what eval.json has no place for
     z: Tensor  # (G, D)
@@ -857,7 +856,7 @@ def full(model, untrained, windows: Windows, labels: dict | None, size: int, sig
     for role, x in (("context", z_hat[sample]), ("target", z[windows.index[sample, 3]])):
         record[role] = health(x) | {"sigreg_over_null": sigreg_of(x, sigreg) / null, "sigreg_n": min(SIGREG_N, len(x)), "n": len(x)}
     found = found[:len(windows.grids)]
-    return Full(rows, figures, record | {"codes": code_health(model, windows.grids, found, size)}, z[:len(windows.grids)], z_hat, found, pairs)
+    return Full(figures, record | {"codes": code_health(model, windows.grids, found, size)}, z[:len(windows.grids)], z_hat, found, pairs)
 
 
 def majority_rows(pairs: Pairs) -> PerWindow:
@@ -996,13 +995,12 @@ def draw_report(out: Path, name: str, done: Full, windows: Windows, labels: dict
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows.task))[:8])
     near = windows.outputs[torch.cdist(done.z_hat[chosen], done.z[windows.outputs]).argsort(1)[:, :5].numpy()]
     shown = [[windows.grids[i] for i in [*windows.index[row], *best]] for row, best in zip(chosen, near)]
-    change = pair_features(done.z, done.pairs)
-    change = principal(change, 2) if change.shape[1] > 2 else change
+    places = principal(pair_features(done.z, done.pairs), 2).numpy()
     kinds = done.pairs.y[:, 0] if labels else done.pairs.task
     names = sorted(set(labels.values())) if labels else windows.task_ids
-    pictures = [report.plot_floors(out, "retrieval", done.figures, RETRIEVAL), report.plot_floors(out, "pairs", done.figures, PAIRWISE), report.plot_spectrum(out, spectra),
-                report.plot_neighbours(out, shown, [windows.task_ids[i] for i in windows.task[chosen]]),
-                report.plot_map(out, change.numpy(), kinds, names, "label" if labels else "task")]
+    pictures = [report.plot_floors(out, "retrieval", done.figures, RETRIEVAL), report.plot_floors(out, "pairs", done.figures, PAIRWISE),
+                report.plot_spectrum(out, spectra), report.plot_neighbours(out, shown, [windows.task_ids[i] for i in windows.task[chosen]]),
+                report.plot_map(out, places, kinds, names, "label" if labels else "task")]
     kind, tokens = code_kinds(windows.grids)
     codes = torch.cat([codes for codes, _ in done.found]).numpy()
     if codes.shape[1]:

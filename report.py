@@ -266,7 +266,8 @@ def verdicts(log: list[dict], result: dict, lam: float, record: dict, figures: d
     usage = usage[len(usage) // 4:]
     ratio = max((b / a for a, b in zip(looks, looks[1:])), default=None)
     last = log[-10:]  # shares of the loss, as the mean of some lines
-    share = {term: np.mean([weight * row[term] / row["loss"] for row in last]) if last else None for term, weight in (("prediction", 1 - lam), ("sigreg", lam))}
+    share = {term: np.mean([weight * row[term] / row["loss"] for row in last]) if last else None
+             for term, weight in (("prediction", 1 - lam), ("sigreg", lam))}
     codes = record["codes"]
     judge("100 epochs", [result.get("epochs")], lambda n: n >= 100, "{:.0f}")
     judge("no spike: no look's validation loss above 2 x the one before", [ratio], lambda r: r <= 2, "at most {:.2f} x")
@@ -347,12 +348,13 @@ def page(title: str, notes: list[str], tables: list, verdicts: list[str], health
 def compare_text(result: dict, first: str) -> str:
     """The page of a comparison: each run's figures, differences from the first with paired intervals, and agreement of codes."""
     runs = result["runs"]
+    show = lambda entry: "{:.3f} [{:.3f}, {:.3f}]".format(entry["value"], *entry["interval"])
     lines = [f"Runs on {result['data']}; in brackets 95 % intervals over tasks, paired where they are of a difference from {first}.\n",
-             markdown([["run", *runs[first]], *([name, *("{:.3f} [{:.3f}, {:.3f}]".format(v["value"], *v["interval"]) for v in values.values() if "value" in v)]
-                                               for name, values in runs.items())]), ""]
-    others = [name for name in runs if name != first]
-    lines += [markdown([[f"minus {first}", *runs[first]], *([name, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*v["difference"]) for v in runs[name].values() if "value" in v)]
-                                                           for name in others)]), ""] if others else []
-    lines += ["Codes of distinct objects, {} and {}: {:.1%} agree up to a greedy matching of codes; {:.1%} by chance.\n".format(first, name, *runs[name]["codes"].values())
-              for name in others if "codes" in runs[name]]
+             markdown([["run", *runs[first]], *([name, *(show(values[metric]) for metric in runs[first])] for name, values in runs.items())]), ""]
+    others = {name: values for name, values in runs.items() if name != first}
+    if others:
+        show = lambda entry: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry["difference"])
+        lines += [markdown([[f"minus {first}", *runs[first]], *([name, *(show(values[metric]) for metric in runs[first])] for name, values in others.items())]), ""]
+    lines += ["Codes of distinct objects, {} and {}: {:.1%} agree up to a greedy matching of codes; {:.1%} by chance.\n".format(first, name, *values["codes"].values())
+              for name, values in others.items() if "codes" in values]
     return "\n".join(lines)

@@ -327,6 +327,7 @@ def test_codes_agree_up_to_a_renaming_and_by_chance_only_as_shuffled_ones_do():
     renamed = np.stack([rng.permutation(50)[column] for column in a.T], 1)[:, [2, 0, 1]]
     got = evaluation.compare_codes(a, renamed, 50)
     assert got["agreement"] == 1 and got["chance"] < 0.1
+    assert evaluation.compare_codes(a, a // 2, 50)["agreement"] < 0.6  # one to one: of two codes that become one, one is matched
     other = evaluation.compare_codes(a, rng.integers(0, 50, (2000, 3)), 50)
     assert abs(other["agreement"] - other["chance"]) < 0.01
 
