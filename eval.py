@@ -511,9 +511,13 @@ def ridge(sums: Tensor, f: Tensor, classes: int) -> np.ndarray:
 
 
 def balanced(chosen: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(n,) values whose mean is the balanced accuracy: the mean over classes of the share of their members that is right."""
+    """(n,) values whose mean is the balanced accuracy: the mean over classes of the share of their members that is right.
+
+    A value is that accuracy and what the row adds to it, so that drawing rows anew varies as the accuracy does, to first order.
+    """
     names, y, counts = np.unique(y, return_inverse=True, return_counts=True)
-    return (chosen == names[y]) * len(y) / (len(names) * counts[y])
+    share = np.bincount(y, chosen == names[y]) / counts  # (C,)
+    return share.mean() + ((chosen == names[y]) - share[y]) * len(y) / (len(names) * counts[y])
 
 
 def majority(y: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple
             axis.text(0.01, row, f"{value:.3f}", va="center", fontsize=8, color="white" if row == "model" and value > 0.1 else "black")
         axis.tick_params(axis="y", labelsize=8)
         axis.set(xlim=(0, 1), xlabel=metric, ylabel="row", title=f"{metric}, n = {entry['n']}")
-    return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code", dpi=65)
+    return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code", dpi=60)
 
 
 def plot_spectrum(folder: Path, spectra: dict[str, np.ndarray]) -> tuple[str, str]:
@@ -181,7 +181,7 @@ def plot_map(folder: Path, x: np.ndarray, kinds: np.ndarray, names: list[str], w
     rest = ~np.isin(kinds, chosen)
     axis.scatter(*x[rest].T, s=6, color="lightgrey", label=f"another {what}, or none")
     for number, kind in enumerate(chosen):
-        axis.scatter(*x[kinds == kind].T, s=26, color=f"C{number}", label=names[kind])
+        axis.scatter(*x[kinds == kind].T, s=14, color=f"C{number}", label=names[kind])
     axis.set(xlabel="first principal component", ylabel="second principal component", title=f"pairs by (z_in, z_out, z_out - z_in), {len(x)} of them")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title=f"{what} (the {len(chosen)} with most pairs)")
     return _save(figure, folder, "map.png", f"Pairs of unseen tasks on two axes, coloured by {what}")

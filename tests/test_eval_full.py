@@ -252,6 +252,19 @@ def test_balanced_accuracy_votes_and_folds_by_hand():
     assert len(np.unique(fold)) == 10 and all(len(np.unique(fold[task == t])) == 1 for t in task)
 
 
+def test_intervals_of_balanced_accuracy_cover_it_in_at_least_90_of_100_draws():
+    inside = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        task = np.repeat(np.arange(80), rng.integers(2, 6, 80))
+        y = (rng.random(80) < 0.2).astype(int)[task]  # a rare class
+        right = rng.random(len(y)) < np.where(y == 1, 0.6, 0.9)
+        low, high = evaluation.interval(evaluation.balanced(np.where(right, y, 1 - y), y), task, draws=500)
+        inside += low <= 0.75 <= high
+        assert evaluation.interval(evaluation.balanced(y, y), task, draws=50) == (1, 1)  # no class is drawn too often
+    assert 90 <= inside < 100
+
+
 def test_what_cannot_be_probed_is_left_out(windows):
     x = Toy().embed(windows.grids)
     names = dict(zip(windows.task_ids, "ab"))  # two labelled tasks are too few for folds
