@@ -91,6 +91,7 @@ class Config:
     compile: bool = None               # torch.compile the model's forward and backward (default: on a GPU only)
     resume: bool = False               # continue the run in --run
     profile: bool = False              # trace the training step into <run>/profile/ and stop
+    stop_on_alert: bool = False        # end the run, its checkpoint kept, with exit status 3 when an alert of eval.py trips
     code: str = "gaussian"             # gaussian; for comparison: ema (the VQ-VAE codebook), none
     objective: str = "lejepa"          # lejepa; for comparison: infonce
 
@@ -98,7 +99,7 @@ class Config:
 CHOICES = {"size": ("small", "base", "large"), "device": ("auto", "cpu", "cuda"), "dtype": ("bf16", "fp32"),
            "code": ("gaussian", "ema", "none"), "objective": ("lejepa", "infonce")}
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "lam": (0, 1), "seed": (0, 2**31 - 1)}
-FREE_TO_CHANGE = ("run", "resume", "steps")            # flags that a resumed run may give anew
+FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
 
 
 def parse_flags(argv: list[str] | None = None) -> Config:
@@ -620,6 +621,7 @@ class RunLog:
         self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, begin
         self.samples, self.windows, self.mark = self.last["samples"], self.last["windows"], (self.last["windows"], time.monotonic())
         self.first_bad = torch.zeros(1, device=cfg.device)             # the first step that is not a number, and its terms
+        self.alerts = evaluation.Alerts(map(json.loads, (self.folder / "log.jsonl").read_text().splitlines() if start else ()))
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
@@ -676,6 +678,10 @@ class RunLog:
               f"  sigreg {values['sigreg']:.3f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left", flush=True)
         if figures:
             print("      unseen tasks:", "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None), flush=True)
+        for line in self.alerts.feed(row):
+            print(f"      {line}", flush=True)
+            if self.cfg.stop_on_alert and line.startswith("alert") and step < self.cfg.steps:
+                self.stop = -evaluation.ALERT_STATUS   # no signal has such a number
 
     @torch.no_grad()
     def look(self, step: int, model) -> dict:
@@ -1178,6 +1184,9 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
     except OSError as error:                           # no room, or no permission
         print(f"lejepa.py: {error}; {log.checkpoint()}" + (f"; once that is mended, go on with {way_out}" if log.saved else ""), file=sys.stderr)
         return 1
+    if log.stop == -evaluation.ALERT_STATUS:
+        print(f"stopped by an alert after step {log.saved}; to go on all the same: {way_out}, without --stop-on-alert", flush=True)
+        return evaluation.ALERT_STATUS
     if log.stop:
         print(f"stopped by a signal after step {log.saved}; to go on: {way_out}", flush=True)
         return 128 + log.stop

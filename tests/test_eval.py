@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -374,55 +372,3 @@ def test_no_function_of_the_input_exceeds_the_ceiling(counts):
         best = max(best, math.exp(evaluation.entropy(np.bincount(assigned, counts, 3) / sum(counts))) / 3)
     assert best <= evaluation.code_ceiling(np.array(counts), 3) + 1e-12
     assert best == pytest.approx(evaluation.code_ceiling(np.array(counts), 3), rel=0.03)  # and comes near
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A folder of task files, a run's folder, and a stand-in for lejepa.load_run."""
-    tasks = random_tasks(3)
-    (tmp_path / "tasks").mkdir()
-    for name, task in tasks.items():
-        sides = {part: [{"input": a.tolist(), "output": b.tolist()} for a, b in getattr(task, part)] for part in ("train", "test")}
-        (tmp_path / "tasks" / f"{name}.json").write_text(json.dumps(sides))
-
-    def load_run(path):
-        if not (path / "last.safetensors").exists():
-            raise ValueError(f"{path} holds no last.safetensors: give a folder that lejepa.py wrote")
-        return Model(arc_data.make_windows(tasks)), SimpleNamespace(data="arcagi1:training", validate="arcagi2:evaluation")
-
-    def build(cfg):
-        return SimpleNamespace(eval=lambda: Model(arc_data.make_windows(tasks)))
-
-    monkeypatch.setitem(sys.modules, "lejepa", SimpleNamespace(load_run=load_run, build=build))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.safetensors").touch()
-    return tmp_path
-
-
-def test_the_command_prints_the_table_and_writes_eval_json(run, capsys):
-    evaluation.main([str(run / "run"), "--data", str(run / "tasks"), "--out", str(run / "new" / "folder")])
-    written = json.loads((run / "new" / "folder" / "eval.json").read_text())
-    assert list(written) == ["ndcg10", "ndcg10_without_out1", "within_task"]
-    for row in written.values():
-        assert set(row) == {"model", "floors", "interval", "n"} and row["interval"][0] <= row["model"] <= row["interval"][1]
-        assert {*PUBLISHED, "analogy, trained"} <= set(row["floors"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(written["ndcg10"]["floors"])
-    assert f"{written['within_task']['model']:.3f}" in lines[1]
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["RUN", "--labels", "labels.json"], "--labels"), (["codes", "RUN"], "unrecognized"), (["NOWHERE"], "NOWHERE"), ([], "RUN"),
-    (["RUN", "--data", "NOWHERE.json"], "NOWHERE.json"), (["RUN", "--data", "EMPTY"], "")])
-def test_bad_input_gets_one_line_and_status_2_and_keeps_what_was_written(run, capsys, arguments, said):
-    (run / "run" / "eval.json").write_text("kept")
-    (run / "empty.json").write_text(json.dumps({"a": {"train": [{"input": [[1]], "output": [[1]]}], "test": [{"input": [[1]]}]}}))
-    names = {"RUN": str(run / "run"), "EMPTY": str(run / "empty.json")}
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main([names.get(a, a) for a in arguments])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
-    assert (run / "run" / "eval.json").read_text() == "kept"

@@ -24,7 +24,7 @@ RESULT = """ndcg10 ndcg10_without_out1 r1 mrr within_task shuffled_ndcg10_withou
     floor_ndcg10_without_out1 floor_within_task floors""".split()
 ROWS = ["copy in2, raw", "copy out1, raw", "analogy, raw", "analogy, 31 features", "analogy, raw + 31 features"]
 ROWS += [f"{query}, {where}" for where in ("untrained", "trained") for query in ("copy in2", "copy out1", "analogy")]
-FLAGS = """help data validate run size steps batch-size lr weight-decay lam seed device dtype compile no-compile resume profile code objective""".split()
+FLAGS = """help data validate run size steps batch-size lr weight-decay lam seed device dtype compile no-compile resume profile stop-on-alert code objective""".split()
 
 
 def command(program, *flags):
