@@ -92,8 +92,8 @@ def poison(step, value=float("nan"), of_gradient=False):
     """Makes the loss of a step, counted from 0, or its gradient alone, `value`."""
     honest = lejepa.losses
 
-    def losses(model, forward, batch, number, cfg):
-        loss, terms = honest(model, forward, batch, number, cfg)
+    def losses(model, batch, number, cfg):
+        loss, terms = honest(model, batch, number, cfg)
         if model.training and number == step:
             if of_gradient:
                 loss.register_hook(lambda grad: grad * value)
