@@ -164,39 +164,51 @@ def knots(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t, phi, weight * phi
 
 
+BLOCK = 1 << 18                                        # numbers that stay in a CPU's cache while the recurrences pass over them
+
+
+def blocks(*tensors: Tensor):
+    """The same rows of each tensor, some at a time: on a CPU, eagerly, a pass over all would go to memory and back 100 times."""
+    whole = tensors[0].is_cuda or torch.compiler.is_compiling()        # a GPU wants large kernels, and a compiler fuses the passes
+    return [tensors] if whole else zip(*(x.split(max(1, BLOCK // tensors[0].shape[1])) for x in tensors))
+
+
 class EppsPulley(torch.autograd.Function):
-    """N * sum_k w_k phi_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V, N, M) -> (V, M).
+    """N * sum_k w_k phi_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
 
     The knots are equally spaced, so cos(t_k x) and sin(t_k x) follow from one cosine and one sine by angle addition, and the
-    gradient, a trigonometric sum in k, by Clenshaw's recurrence: O(N M) memory instead of O(T N M).
+    gradient, a trigonometric sum in k, by Clenshaw's recurrence: O(N M) memory instead of O(T N M). Both recurrences are
+    f_(k+1) = 2 cos(t_1 x) f_k - f_(k-1), taken in place.
     """
 
     @staticmethod
     def forward(ctx, x, t, phi, weight):
-        cos1, sin1 = torch.cos(DT * x), torch.sin(DT * x)
-        twice = 2 * cos1
-        cos, sin, cos_before, sin_before = cos1, sin1, 1, 0
-        mean_cos, mean_sin = [], []                    # knot 0 adds nothing: cos 0 = phi_0 = 1
-        for k in range(1, KNOTS):
-            mean_cos.append(cos.mean(-2))
-            mean_sin.append(sin.mean(-2))
-            cos, cos_before = twice * cos - cos_before, cos
-            sin, sin_before = twice * sin - sin_before, sin
-        error_cos = torch.stack(mean_cos) - phi[1:, None, None]                    # (T - 1, V, M)
-        error_sin = torch.stack(mean_sin)
-        weight, t = weight[1:, None, None], t[1:, None, None]
+        x = DT * x
+        cos1, sin1 = torch.cos(x), torch.sin(x)
+        means = []
+        for cos, sin in blocks(cos1, sin1):
+            twice, cos, sin, cos_before, sin_before, found = 2 * cos, cos.clone(), sin.clone(), torch.ones_like(cos), torch.zeros_like(sin), []
+            for _ in range(1, KNOTS):                  # knot 0 adds nothing: cos 0 = phi_0 = 1
+                found.append(torch.stack([cos.mean(1), sin.mean(1)], 1))                            # (rows, 2)
+                cos, cos_before = cos_before.neg_().addcmul_(twice, cos), cos
+                sin, sin_before = sin_before.neg_().addcmul_(twice, sin), sin
+            means.append(torch.stack(found, 1))        # (rows, T - 1, 2)
+        means = torch.cat(means)                       # (V M, T - 1, 2)
+        error_cos, error_sin, weight, t = means[..., 0] - phi[1:], means[..., 1], weight[1:], t[1:]
         ctx.save_for_backward(cos1, sin1, weight * t * error_sin, weight * t * error_cos)
-        return x.shape[-2] * (weight * (error_cos.square() + error_sin.square())).sum(0)
+        return x.shape[1] * (weight * (error_cos.square() + error_sin.square())).sum(1)
 
     @staticmethod
     def backward(ctx, grad):
-        cos1, sin1, of_cos, of_sin = ctx.saved_tensors                             # dx = 2 sum_k of_cos_k cos - of_sin_k sin
-        twice = 2 * cos1
-        a, a_before, b, b_before = 0, 0, 0, 0
-        for k in range(KNOTS - 2, -1, -1):
-            a, a_before = of_cos[k, :, None] + twice * a - a_before, a
-            b, b_before = of_sin[k, :, None] + twice * b - b_before, b
-        return 2 * grad[:, None] * (cos1 * a - a_before - sin1 * b), None, None, None
+        grads = []                                     # dx = 2 sum_k of_cos_k cos(t_k x) - of_sin_k sin(t_k x)
+        for cos1, sin1, of_cos, of_sin, scale in blocks(*ctx.saved_tensors, grad[:, None]):
+            twice = 2 * cos1
+            a, a_before, b, b_before = (torch.zeros_like(cos1) for _ in range(4))
+            for k in range(KNOTS - 2, -1, -1):
+                a, a_before = a_before.neg_().addcmul_(twice, a).add_(of_cos[:, k, None]), a
+                b, b_before = b_before.neg_().addcmul_(twice, b).add_(of_sin[:, k, None]), b
+            grads.append(2 * scale * (cos1 * a - a_before - sin1 * b))
+        return torch.cat(grads), None, None, None
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -215,8 +227,8 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
         raise ValueError(f"sigreg tests a distribution: a view needs at least 2 samples, not {z.shape[-2]}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
-        x = z.view(-1, *z.shape[-2:]) @ directions.to(z.dtype)                     # (V, N, M)
-        return EppsPulley.apply(x, *knots(x)).mean()
+        x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)                    # (V, M, N)
+        return EppsPulley.apply(x.flatten(0, 1), *knots(x)).mean()
 
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
