@@ -2,8 +2,12 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -315,14 +319,57 @@ for flags in {}:
     assert len(losses) == 6
 
 
+@pytest.fixture(scope="module")
+def profiled(task_folder, tmp_path_factory):
+    """A run's folder with a trace in it, and what the command printed."""
+    run = tmp_path_factory.mktemp("profiled") / "run"
+    return run, python("lejepa.py", *small(task_folder, run, "--profile")).stdout
+
+
 @pytest.mark.whole
-def test_profile_leaves_a_trace_of_the_training_step(task_folder, tmp_path):
-    text = python("lejepa.py", *small(task_folder, tmp_path / "run", "--profile")).stdout
-    traces = list((tmp_path / "run" / "profile").glob("*.pt.trace.json"))
-    assert len(traces) == 1 and "Self CPU" in text
+def test_profile_leaves_a_trace_of_the_training_step_and_says_where_its_time_goes(profiled):
+    run, text = profiled
+    traces = list((run / "profile").glob("*.pt.trace.json"))
+    assert len(traces) == 1 and "Self CPU" in text and (run / "profile" / "parts.png").stat().st_size > 1000
     names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert any(name and name.startswith("ProfilerStep") for name in names) and "EppsPulley" in names and "EppsPulleyBackward" in names
-    assert any(name and name.startswith("Optimizer.step") for name in names)
+    assert any(name and name.startswith("Optimizer.step") for name in names) and {"code", "encoder", "predictor", "sigreg", "optimizer"} <= names
+    shares = dict(re.findall(r"^ *(\w+) +([\d.]+)% +[\d.]+ ms a step", text, re.M))
+    assert set(shares) == {*lejepa.PARTS, "other"} and sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+    assert re.search(r"peak memory \d+\.\d\d GB .*; \d+ windows/s; utilisation \d+\.\d% of a bf16 matrix product", text)
+
+
+@pytest.mark.whole
+def test_tensorboard_shows_the_trace_with_the_step_taken_apart(profiled):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(profiled[0]), "--host", "127.0.0.1", "--port", str(port)]
+    board = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def ask(page, until):
+        """The page once it holds what is waited for: the server and its reading of the trace take their time."""
+        for _ in range(200):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler/{page}", timeout=20) as answer:
+                    found = json.loads(answer.read())
+                if until(found):
+                    return found
+            except OSError:
+                assert board.poll() is None, board.stderr.read()
+            time.sleep(0.3)
+        raise AssertionError(f"{page} never came")
+    try:
+        name = urllib.parse.quote(ask("runs", lambda found: found["runs"])["runs"][0])
+        assert "Overview" in ask(f"views?run={name}", bool)
+        worker = urllib.parse.quote(ask(f"workers?run={name}&view=Overview", bool)[0])
+        span = ask(f"spans?run={name}&worker={worker}", bool)[0]
+        overview = ask(f"overview?run={name}&worker={worker}&span={span}&view=Overview", bool)
+    finally:
+        board.terminate()
+        board.communicate(timeout=30)
+    costs = {row["name"]: row["value"] for row in overview["performance"][0]["children"]}
+    assert len(overview["steps"]["rows"]) == 3 and float(costs["DataLoader"]) > 0 and float(costs["CPU Exec"]) > 0
 
 
 RULES = [np.fliplr, np.flipud, np.transpose, np.rot90, lambda grid: np.kron(grid, np.ones((2, 2), np.int8)),
