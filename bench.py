@@ -9,7 +9,6 @@ Cases of a table take turns; a figure is the median over the rounds, with the le
 """
 import argparse
 import contextlib
-import dataclasses
 import json
 import statistics
 import sys
@@ -21,10 +20,14 @@ import torch
 import torch.nn.functional as F
 
 import arc_data
+import eval as evaluation
 import lejepa
 from arc_data import Batch, Grids, TaskSet
 
 # ---------------------------------------------------------------------------------------------- measuring
+
+
+PER_WAIT = 10 if torch.cuda.is_available() else 1      # calls of a case between two waits for the device: a run does not wait at each step
 
 
 class Times(list):
@@ -52,12 +55,12 @@ def take_turns(cases: dict, rounds: int, warm: int = 2) -> dict[str, Times]:
             case()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append((time.perf_counter() - begin) / PER_WAIT)
     return times
 
 
 def peak_bytes(case) -> int:
-    """The most that `case` has allocated at once, above what was there before."""
+    """The most that `case` has allocated at once above what was there before: of a step, above weights and optimizer state."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -67,7 +70,7 @@ def peak_bytes(case) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         case()
     moves = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    return int(max(0, *np.cumsum([size for _, size in moves])))
+    return int(max(np.cumsum([size for _, size in moves]), default=0))
 
 
 class Table:
@@ -137,8 +140,9 @@ def sigreg_table(args, device, allocator: str, compiled: bool) -> Table:
         cases = {name: both_ways(function, z, directions) for name, function in functions.items()}
         times = take_turns(cases, args.rounds)
         for name, spent in times.items():
+            z.grad = None                              # what is freed in the case would count against it
             table.add(f"{samples} x {width}", name, 1e3 * spent.median, times["projections"].against(spent), spent.against(times["plain, eager"]),
-                      spent.against(times["plain, compiled"]) if compiled else "—", (peak_bytes(cases[name]) - z.nbytes) / (4 * samples * args.directions))
+                      spent.against(times["plain, compiled"]) if compiled else "—", f"{(peak_bytes(cases[name]) - z.nbytes) / (4 * samples * args.directions):.2f}")
     return table
 
 
@@ -154,18 +158,19 @@ def prepare(size: str, dtype: str, windows: int, device: str, compiled: bool = F
 
 
 def step_case(setting, draw):
-    """One training step on the next batch. draw(step) -> Batch."""
+    """A training step on the next batch; on a GPU ten, for which `take_turns` waits once. draw(step) -> Batch."""
     cfg, model, optimizers = setting
     steps = iter(range(10 ** 9))
 
     def case():
-        step = next(steps)
-        return float(lejepa.train_step(model, optimizers, draw(step), step, cfg)["loss"])
+        for _ in range(PER_WAIT):
+            step = next(steps)
+            lejepa.train_step(model, optimizers, draw(step), step, cfg)
     return case
 
 
 def step_table(args, data: TaskSet, device: str) -> Table:
-    table = Table("The training step", ["size", "windows", "type", "", "ms", "windows/s", "times as fast as fp32 eager", "utilisation", "peak memory, GB", "compile, s"])
+    table = Table("The training step", ["size", "windows", "type", "", "ms", "windows/s", "times as fast as fp32 eager", "utilisation", "peak memory, GB", "first steps, s", "break-even, steps"])
     for size in args.size:
         windows = args.windows if size == "small" else max(12, args.windows // 8)
         cases, settings, cost = {}, {}, {}
@@ -184,8 +189,10 @@ def step_table(args, data: TaskSet, device: str) -> Table:
         for name, spent in times.items():
             cfg, model, _ = settings[name]
             used = lejepa.utilisation(model, data, cfg, spent.median)
-            first = "—" if name[1] == "eager" else f"{cost[name] - 4 * spent.median:.0f}"
-            table.add(size, windows, *name, 1e3 * spent.median, windows / spent.median, spent.against(times["fp32", "eager"]), f"{used:.0%}", f"{peak_bytes(cases[name]) / 1e9:.2f}", first)
+            gain = times[name[0], "eager"].median - spent.median
+            even = "—" if name[1] == "eager" else f"{cost[name] / gain:.0f}" if gain > 0 else "never"
+            table.add(size, windows, *name, 1e3 * spent.median, windows / spent.median, spent.against(times["fp32", "eager"]), f"{used:.0%}",
+                      f"{peak_bytes(cases[name]) / 1e9:.2f}", f"{cost[name]:.0f}", even)
     return table
 
 
@@ -227,23 +234,22 @@ def independent_windows(data: TaskSet, count: int, seed: int, step: int):
 
 
 def as_batch(grids: Grids) -> Batch:
+    """Windows of four grids each, and as many objects for SIGReg as there are grids, of those that are in a slot."""
     count = len(grids.first)
-    objects = torch.randperm(len(grids.colour), device=grids.colour.device)[:count]
-    return Batch(grids, torch.arange(count, device=grids.first.device).view(-1, 4), objects)
+    real = grids.kind[grids.grid < count].unique()
+    return Batch(grids, torch.arange(count, device=real.device).view(-1, 4), real[torch.randperm(len(real), device=real.device)[:count]])
 
 
 def padded(grids: Grids, slots: int = arc_data.OBJECTS + 1) -> Grids:
     """The same grids as one writes it down: a row a grid, padded to the cut, every slot with a bitmap of its own."""
-    count = len(grids.first)
-    rows = {name: [] for name in ("kind", "box", "grid")}
-    kind, box = grids.kind.flatten(), grids.box.flatten(0, 1)
-    for number, (first, tokens) in enumerate(zip(grids.first.tolist(), grids.count.tolist())):
-        rows["kind"].append(F.pad(kind[first:first + tokens], (0, slots - tokens)))
-        rows["box"].append(F.pad(box[first:first + tokens], (0, 0, 0, slots - tokens)))
-        rows["grid"].append(F.pad(torch.full((tokens,), number, device=kind.device), (0, slots - tokens), value=count))
-    kind = torch.stack(rows["kind"]).flatten()
-    return Grids(grids.bits[kind], grids.colour[kind], grids.whole[kind], torch.arange(count * slots, device=kind.device).view(count, slots),
-                 torch.stack(rows["box"]), torch.stack(rows["grid"]), torch.arange(count, device=kind.device) * slots, grids.count)
+    count, device = len(grids.first), grids.kind.device
+    place = (grids.first[:, None] + torch.arange(slots, device=device)).clamp(max=grids.kind.numel() - 1)      # (G, slots)
+    empty = torch.arange(slots, device=device) >= grids.count[:, None]
+    kind = grids.kind.flatten()[place].masked_fill(empty, 0).flatten()
+    box = grids.box.flatten(0, 1)[place].masked_fill(empty[..., None], 0)
+    owner = torch.arange(count, device=device)[:, None].expand_as(place).masked_fill(empty, count)
+    return Grids(grids.bits[kind], grids.colour[kind], grids.whole[kind], torch.arange(count * slots, device=device).view(count, slots),
+                 box, owner, torch.arange(count, device=device) * slots, grids.count)
 
 
 @contextlib.contextmanager
@@ -259,8 +265,8 @@ def plainly():
 def naive_cases(args, data: TaskSet, device: str) -> dict:
     """The same model from the naive step to ours; each row adds one change to the row above."""
     windows = args.naive_windows
-    draw = lambda step: as_batch(data.table.gather(*independent_windows(data, windows, 0, step)))
-    pad_draw = lambda step: (lambda batch: Batch(padded(batch.grids), batch.index, batch.objects))(draw(step))
+    gather = lambda step: data.table.gather(*independent_windows(data, windows, 0, step))
+    draw, pad_draw = lambda step: as_batch(gather(step)), lambda step: as_batch(padded(gather(step)))
 
     def plain(case):
         def run():
@@ -279,7 +285,7 @@ def naive_table(args, data: TaskSet, device: str, before: Times) -> Table:
     table = Table(f"From the naive step to ours, small, {args.naive_windows} windows", ["step", "ms", "windows/s", "gain of this change", "times as fast as naive"])
     cases = naive_cases(args, data, device)
     if args.compile and (setting := prepare("small", "bf16", args.naive_windows, device, True)):
-        cases["+ torch.compile"] = step_case(setting, lambda step: data.batch(args.naive_windows, 0, step))
+        cases["+ torch.compile"] = step_case(setting, lambda step: data.batch(args.naive_windows, 0, step % 4))
     names = list(cases)
     times = take_turns(cases, args.rounds)
     blocks = Times([statistics.median(times[names[0]])] * len(before))
@@ -297,7 +303,7 @@ TABLES = ("sigreg", "step", "parts", "batch", "naive")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="bench.py", description="Speed tables of SIGReg and the training step.", allow_abbrev=False)
+    parser = evaluation.Parser(prog="bench.py", description="Speed tables of SIGReg and the training step.", allow_abbrev=False)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which (default: all)")
     parser.add_argument("--size", nargs="+", choices=tuple(lejepa.SIZES), default=["small"], help="sizes of the step (default: small)")
     parser.add_argument("--rounds", type=int, default=7, help="how often the cases of a table take turns (default: 7)")
@@ -305,37 +311,53 @@ def parse(argv=None):
     parser.add_argument("--naive-windows", type=int, default=96, help="windows of a step in the naive table (default: 96)")
     parser.add_argument("--directions", type=int, default=1024, help="directions of SIGReg in its own table (default: 1024)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also measure torch.compile")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", metavar="FOLDER", help="write bench.md and bench.json there")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: auto)")
+    parser.add_argument("--out", metavar="FOLDER", help="write bench.md and bench.json there, anew after each table")
+    args = parser.parse_args(argv)
+    for name, least in (("rounds", 1), ("windows", 24), ("naive_windows", 6), ("directions", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: needs at least {least}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    try:
+        Path(args.out or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    return args
+
+
+def write(args, tables: list[Table]):
+    if args.out:
+        Path(args.out, "bench.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
+        Path(args.out, "bench.json").write_text(json.dumps([{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables], indent=1))
 
 
 def main():
     args = parse()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch._dynamo.config.recompile_limit = 64          # each size and type compiles the same functions once more
     print(f"{lejepa.describe_device(device)}, torch {torch.__version__}, commit {lejepa.commit() or 'unknown'}: python {' '.join(sys.argv)}")
     data = None
     if set(args.tables) - {"sigreg"}:
         data = TaskSet(arc_data.split("arcagi2:training", None)[0], device)
     tables = []
+
+    def add(table):
+        tables.append(table)
+        write(args, tables)
     if "sigreg" in args.tables and device == "cpu":    # these two before the allocator is told: it cannot be untold
-        tables.append(sigreg_table(args, device, "glibc's allocator as it is", compiled=False))
+        add(sigreg_table(args, device, "glibc's allocator as it is", compiled=False))
     if "naive" in args.tables:
         first = next(iter(naive_cases(args, data, device).items()))
         before = take_turns(dict([first]), args.rounds)[first[0]]
     lejepa.keep_large_blocks()
     if "sigreg" in args.tables:
-        tables.append(sigreg_table(args, device, "large blocks kept", args.compile))
+        add(sigreg_table(args, device, "large blocks kept", args.compile))
     for name, make in (("step", step_table), ("parts", parts_table), ("batch", batch_table)):
         if name in args.tables:
-            tables.append(make(args, data, device))
+            add(make(args, data, device))
     if "naive" in args.tables:
-        tables.append(naive_table(args, data, device, before))
-    if args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
-        (folder / "bench.json").write_text(json.dumps([{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables], indent=1))
+        add(naive_table(args, data, device, before))
 
 
 if __name__ == "__main__":

@@ -165,11 +165,15 @@ def unit_length(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1, eps=1e-30)
 
 
+def check_finite(*embeddings: Tensor) -> None:
+    if not all(bool(x.isfinite().all()) for x in embeddings):
+        raise ValueError("embeddings hold nan or inf: there is nothing to rank")
+
+
 def retrieval(query: Tensor, pool: Tensor, windows: Windows, score: Callable = euclidean, rows: Tensor | None = None) -> PerWindow:
     """`rank` for queries (n, D) against the embeddings of `windows.outputs` (P, D), by `euclidean` distance or `cosine`."""
     query, pool = query.float(), pool.float()
-    if not (query.isfinite().all() and pool.isfinite().all()):
-        raise ValueError("embeddings hold nan or inf: there is nothing to rank")
+    check_finite(query, pool)
     return rank(score(query, pool), windows, rows)
 
 
@@ -902,7 +906,7 @@ def table(result: dict) -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 class Parser(argparse.ArgumentParser):

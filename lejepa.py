@@ -44,12 +44,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 import arc_data
 import eval as evaluation
+import report
 from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable, make_windows
-from eval import write_whole
 
 # ------------------------------------------------------------------------------------------------------------ 1 Config
 
@@ -232,15 +233,15 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
-    """(dim, count) unit columns, a function of seed and step alone; drawn on the CPU, so the same on every device."""
-    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))          # a stream of its own
-    return F.normalize(torch.randn(dim, count, generator=generator), dim=0).to(cfg.device, non_blocking=True)
+    """(dim, count) unit columns, a function of seed and step alone on each kind of device."""
+    generator = torch.Generator(cfg.device).manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))                # a stream of its own
+    return F.normalize(torch.randn(dim, count, generator=generator, device=cfg.device), dim=0)
 
 
 class SquaredError(nn.Module):
     """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role.
 
-    z_hat is a role too: a conditional mean is shorter than what it stands for, and would be nearest to whatever is short.
+    z_hat is a role too, a free vector beside z on its sphere: what is spread like z cannot shrink to the mean of what it stands for.
     """
 
     def __init__(self, model):
@@ -564,7 +565,7 @@ def compile_parts(model) -> bool:
     The parts are compiled one by one, so that a profile still tells them apart.
     """
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=model.device))
     except Exception as error:                         # no C compiler, no headers: whatever is missing, a run goes on without
         print(f"--compile: nothing compiles here, the run goes on eagerly ({str(error).strip().splitlines()[0][:200]})", file=sys.stderr)
         return False
@@ -597,6 +598,7 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
             with eagerly(cfg):
                 figures = log.look(done, model) if look else {}
             log.write(done, values, figures)
+            stop = stop or log.stop                    # an alert has just tripped
         if look or stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
             log.saved = done
@@ -741,7 +743,7 @@ class RunLog:
                    "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
                    "seconds": self.seconds(), "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": describe_device(self.cfg.device)}
-        write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        report.write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
         evaluation.plot_run(self.folder)
         print(evaluation.table(result) + "\n")
         for name, value in result.items():
@@ -774,7 +776,7 @@ def save(folder: Path, model, optimizers, step: int, cfg: Config, state: dict):
     metadata = {"sha256": ZEROS, "step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
     content = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
     place, digest = checksum(content)
-    write_whole(folder / "last.safetensors", content[:place.start] + digest + content[place.stop:], keep=folder / "previous.safetensors")
+    report.write_whole(folder / "last.safetensors", content[:place.start] + digest + content[place.stop:], keep=folder / "previous.safetensors")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -785,6 +787,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
         try:
             content = path.read_bytes()
             place, digest = checksum(content)
+            if b'"sha256":"' not in content:
+                raise ValueError("no SHA-256 in it: empty, or written by another version of lejepa.py")
             if content[place] != digest:
                 raise ValueError("damaged: its SHA-256 is not the one it was written with")
             metadata = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])["__metadata__"]
@@ -828,7 +832,7 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     if found["config"]["steps"] != cfg.steps:
         print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here, "
               "so the run no longer equals an uninterrupted one bit for bit", file=sys.stderr)
-    write_whole(folder / "log.jsonl", log)
+    report.write_whole(folder / "log.jsonl", log)
     if found["path"].name != "last.safetensors":
         found["path"].replace(folder / "last.safetensors")             # so that a damaged one never becomes the previous
     return found["step"], found["state"]
@@ -1041,31 +1045,42 @@ def write_config(cfg: Config):
                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if cfg.resume and path.exists():
         try:
-            record = json.loads(path.read_bytes()) | {"run": cfg.run, "steps": cfg.steps}
+            record = json.loads(path.read_bytes()) | {name: getattr(cfg, name) for name in FREE_TO_CHANGE if name != "resume"}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not the JSON object it was written as ({error}); put it back or remove it") from None
-    write_whole(path, json.dumps(record, indent=1).encode())
+    report.write_whole(path, json.dumps(record, indent=1).encode())
 
 
 PARTS = ("data", "code", "encoder", "predictor", "sigreg", "optimizer")                            # ranges named in the trace
 
 
 def part_times(events, device: str) -> dict[str, float]:
-    """Microseconds by part, and of the rest of the steps as `other`. A backward function counts where its forward ran."""
+    """Microseconds by part, and of the rest of the steps as `other`. A backward function counts where its forward ran.
+
+    On a GPU they are those of its kernels. A part inside another counts once, as itself.
+    """
     spent = lambda event: event.cpu_time_total if device == "cpu" else event.device_time_total
-    times, owner, whole = dict.fromkeys(PARTS, 0.0), {}, 0.0
+
+    def part_above(event):
+        while event is not None and event.name not in PARTS:
+            event = event.cpu_parent
+        return event
+
+    events = [event for event in events if event.device_type == DeviceType.CPU]                     # a GPU mirrors the ranges
+    times, owner = dict.fromkeys(PARTS, 0.0), {}
     for event in events:
-        whole += spent(event) if event.name.startswith("ProfilerStep") else 0
-        above = event
-        while above is not None and above.name not in PARTS:
-            above = above.cpu_parent
+        above = part_above(event)
         if above is event:
             times[event.name] += spent(event)
-        elif above is not None and event.sequence_nr >= 0:
-            owner.setdefault(event.sequence_nr, above.name)
+            outer = part_above(event.cpu_parent)
+            if outer is not None:
+                times[outer.name] -= spent(event)
+        elif above is not None and above.name not in ("data", "optimizer") and event.sequence_nr >= 0:
+            owner[event.sequence_nr] = above.name      # operations without a gradient bear the next one's number: the last is it
     for event in events:                               # the engine's own event stands above the function that bears the number
         if event.scope == 1 and event.cpu_parent is not None and event.cpu_parent.name.startswith("autograd::engine") and event.sequence_nr in owner:
             times[owner[event.sequence_nr]] += spent(event.cpu_parent)
+    whole = sum(spent(event) for event in events if event.name.startswith("ProfilerStep"))
     return times | {"other": max(0.0, whole - sum(times.values()))}
 
 
@@ -1108,40 +1123,30 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
     path.parent.mkdir(exist_ok=True)
     profiler.export_chrome_trace(str(path))
     trace = repair(json.loads(path.read_text()))
-    path.write_text(json.dumps(trace))
+    report.write_whole(path, json.dumps(trace).encode())
     times = part_times(profiler.events(), cfg.device)
-    plot_parts(times, steps, path.parent / "parts.png")
+    report.plot_parts(path.parent / "parts.png", {name: value / steps / 1000 for name, value in times.items()})
     print(profiler.key_averages().table(sort_by="self_cpu_time_total" if cfg.device == "cpu" else "self_device_time_total", row_limit=15, max_name_column_width=50))
     for name, value in times.items():
         print(f"{name:>12} {value / sum(times.values()):6.1%}  {value / steps / 1000:8.1f} ms a step, backward included")
     memory = max((event["args"].get("Total Allocated", 0) for event in trace["traceEvents"] if event.get("name") == "[memory]"), default=0)
     share = utilisation(model, data, cfg, cfg.batch_size / rate)
-    print(f"peak memory {memory / 1e9:.2f} GB (allocated, of the traced steps); {rate:.0f} windows/s; utilisation {share:.1%} of a {cfg.dtype} matrix product\ntrace: {path}; open it in Perfetto, or with: tensorboard --logdir {cfg.run}")
+    print(f"peak memory {memory / 1e9:.2f} GB (allocated, of the traced steps); {rate:.0f} windows/s; utilisation {share:.1%} of a {cfg.dtype} matrix product\n"
+          f"trace: {path}; open it in Perfetto, or with: tensorboard --logdir {cfg.run}")
 
 
-def plot_parts(times: dict[str, float], steps: int, path: Path):
-    """Where a step's time goes, as bars."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
-    bars = axis.barh(list(times)[::-1], [value / steps / 1000 for value in list(times.values())[::-1]])
-    axis.bar_label(bars, [f"{value / sum(times.values()):.0%}" for value in list(times.values())[::-1]], padding=3)
-    axis.set(xlabel="ms a step, forward and backward", title="where a training step's time goes")
-    axis.margins(x=0.1)
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
-
-
-def matmul_rate(cfg: Config, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations a second of a square matrix product in the run's type."""
+def matmul_rate(cfg: Config, repeats: int = 5) -> float:
+    """Floating-point operations a second of large square matrix products in the run's type, one wait for many on a GPU."""
+    size, many = (8192, 20) if cfg.device == "cuda" else (2048, 1)
     a = torch.randn(size, size, device=cfg.device, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        float((a @ a)[0, 0])
+        for _ in range(many):
+            product = a @ a
+        float(product[0, 0])
         seconds.append(time.perf_counter() - begin)
-    return 2 * size ** 3 / min(seconds[1:])
+    return many * 2 * size ** 3 / min(seconds[1:])
 
 
 def model_flops(model, batch: Batch, cfg: Config) -> int:
@@ -1226,6 +1231,9 @@ def main():
             print(f"lejepa.py: {error}", file=sys.stderr)
             sys.exit(2)
         sys.exit(profile(model, optimizers, data, cfg) if cfg.profile else run(cfg, data, model, optimizers, log, start))
+    except OSError as error:                           # a trace that finds no room; a run says it itself
+        print(f"lejepa.py: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:                          # before the first step
         sys.exit(130)
     finally:

@@ -38,6 +38,11 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
         part.unlink(missing_ok=True)  # it is there only if something went wrong
 
 
+def shown(name: str) -> str:
+    """A name from outside as matplotlib shows it: a dollar opens no formula, and a leading underscore hides nothing."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"compress_level": 9})
@@ -129,6 +134,17 @@ def plot_floors(folder: Path, name: str, figures: dict, metrics: tuple) -> tuple
     return _save(figure, folder, f"{name}.png", f"Figures of {name} with their 95 % intervals over tasks, and what no learning scores by the same code", dpi=60)
 
 
+def plot_parts(path: Path, times: dict[str, float]) -> None:
+    """Where a training step's time goes: milliseconds by part."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axis = figure.subplots()
+    names, values = list(times)[::-1], list(times.values())[::-1]
+    axis.bar_label(axis.barh(names, values), [f"{value / sum(values):.0%}" for value in values], padding=3)
+    axis.set(xlabel="ms a step, forward and backward", ylabel="part", title="where a training step's time goes")
+    axis.margins(x=0.1)
+    save_figure(figure, path, 80)
+
+
 def plot_spectrum(folder: Path, spectra: dict[str, np.ndarray]) -> tuple[str, str]:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -164,7 +180,7 @@ def plot_neighbours(folder: Path, lines: list[list[np.ndarray]], names: list[str
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if right else "none", linewidth=3)
             axis.set(xticks=[], yticks=[], title=titles[j] if i == 0 else None)
-        row[0].set_ylabel(names[i], fontsize=8)
+        row[0].set_ylabel(shown(names[i]), fontsize=8)
     return _save(figure, folder, "neighbours.png", "Windows of unseen tasks: context, truth, and the five outputs nearest to z_hat (green: the truth)", dpi=70)
 
 
@@ -204,16 +220,16 @@ def _object(tokens, i: int) -> np.ndarray:
     return np.where(bits, 5 if i in tokens.start else tokens.colour[i], PAD)
 
 
-def plot_map(folder: Path, x: np.ndarray, kinds: np.ndarray, names: list[str], what: str, shown: int = 10) -> tuple[str, str]:
-    """Two principal components x (n, 2) of pairs, in colours for the `shown` most frequent kinds (n,); -1 has no colour."""
+def plot_map(folder: Path, x: np.ndarray, kinds: np.ndarray, names: list[str], what: str, most: int = 10) -> tuple[str, str]:
+    """Two principal components x (n, 2) of pairs, in colours for the `most` frequent kinds (n,); -1 has no colour."""
     figure = Figure(figsize=(8.6, 6), layout="constrained")
     axis = figure.subplots()
     found, counts = np.unique(kinds[kinds >= 0], return_counts=True)
-    chosen = found[np.argsort(-counts, kind="stable")[:shown]]
+    chosen = found[np.argsort(-counts, kind="stable")[:most]]
     rest = ~np.isin(kinds, chosen)
     axis.scatter(*x[rest].T, s=6, color="lightgrey", label=f"another {what}, or none")
     for number, kind in enumerate(chosen):
-        axis.scatter(*x[kinds == kind].T, s=14, color=f"C{number}", label=names[kind])
+        axis.scatter(*x[kinds == kind].T, s=14, color=f"C{number}", label=shown(names[kind]))
     axis.set(xlabel="first principal component", ylabel="second principal component", title=f"pairs by (z_in, z_out, z_out - z_in), {len(x)} of them")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title=f"{what} (the {len(chosen)} with most pairs)")
     return _save(figure, folder, "map.png", f"Pairs of unseen tasks on two axes, coloured by {what}")
@@ -234,7 +250,7 @@ def plot_training(folder: Path, runs: dict[str, list[dict]]) -> tuple[str, str]:
         axis.set(xlabel="step", ylabel=title, yscale="log" if "loss" in title or "norm" in title else "linear")
         lines = [axis.plot([], [], style, color="black", label=key)[0] for key, style in zip(keys, ("-", "--"))]
         axis.legend(handles=lines, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    figure.legend([figure.axes[0].plot([], [], color=f"C{number}")[0] for number in range(len(runs))], list(runs), loc="outside lower center", ncols=6)
+    figure.legend([figure.axes[0].plot([], [], color=f"C{number}")[0] for number in range(len(runs))], [shown(name) for name in runs], loc="outside lower center", ncols=6)
     return _save(figure, folder, "training.png", "Figures over training")
 
 

@@ -381,6 +381,17 @@ def test_evaluation_changes_nothing_in_the_model(grids):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_embeddings_lie_on_the_sphere_of_radius_sqrt_d_where_sigreg_still_acts(model, grids):
+    z = model.embed(grids)
+    torch.testing.assert_close(z.square().sum(1), torch.full((len(z),), float(z.shape[1])), rtol=1e-4, atol=0)
+    directions = unit(z.shape[1], 200)
+    cloud = normal(300, z.shape[1])
+    flat = torch.cat([normal(300, 2, seed=3), torch.zeros(300, z.shape[1] - 2)], 1)            # rank 2
+    for radius, apart in ((z.shape[1] ** 0.5, True), (1.0, False)):                            # of radius 1 both look the same
+        isotropic, collapsed = (float(sigreg(radius * F.normalize(x, dim=1), directions)) for x in (cloud, flat))
+        assert (collapsed > 5 * isotropic) == apart
+
+
 # ------------------------------------------------------------------------------------------------ shape comments
 
 
