@@ -1,7 +1,8 @@
 """LeJEPA for ARC: a world model of grids with discrete codes, in one file.
 
 Each object of a grid is quantised to a few codes; a grid is the set of its symbols (codes, box), which a transformer embeds
-as z. From the embeddings of (in1, out1, in2) a predictor says z of out2. Both are trained at once, by gradients into both:
+as z, on the sphere of radius sqrt(D). From the embeddings of (in1, out1, in2) a predictor says z of out2. Both are trained at
+once, by gradients into both:
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
 
