@@ -185,11 +185,10 @@ class EppsPulley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, t, phi, weight):
-        x = DT * x
-        cos1, sin1 = torch.cos(x), torch.sin(x)
         means = []
-        for cos, sin in blocks(cos1, sin1):
-            twice, cos, sin, cos_before, sin_before, found = 2 * cos, cos.clone(), sin.clone(), torch.ones_like(cos), torch.zeros_like(sin), []
+        for (rows,) in blocks(x):
+            cos, sin, found = torch.cos(DT * rows), torch.sin(DT * rows), []
+            twice, cos_before, sin_before = 2 * cos, torch.ones_like(cos), torch.zeros_like(sin)
             for _ in range(1, KNOTS):                  # knot 0 adds nothing: cos 0 = phi_0 = 1
                 found.append(torch.stack([cos.mean(1), sin.mean(1)], 1))                            # (rows, 2)
                 cos, cos_before = cos_before.neg_().addcmul_(twice, cos), cos
@@ -197,20 +196,22 @@ class EppsPulley(torch.autograd.Function):
             means.append(torch.stack(found, 1))        # (rows, T - 1, 2)
         means = torch.cat(means)                       # (V M, T - 1, 2)
         error_cos, error_sin, weight, t = means[..., 0] - phi[1:], means[..., 1], weight[1:], t[1:]
-        ctx.save_for_backward(cos1, sin1, weight * t * error_sin, weight * t * error_cos)
+        ctx.save_for_backward(x, weight * t * error_sin, weight * t * error_cos)
         return x.shape[1] * (weight * (error_cos.square() + error_sin.square())).sum(1)
 
     @staticmethod
     def backward(ctx, grad):
-        grads = []                                     # dx = 2 sum_k of_cos_k cos(t_k x) - of_sin_k sin(t_k x)
-        for cos1, sin1, of_cos, of_sin, scale in blocks(*ctx.saved_tensors, grad[:, None]):
-            twice = 2 * cos1
-            a, a_before, b, b_before = (torch.zeros_like(cos1) for _ in range(4))
+        x, of_cos, of_sin = ctx.saved_tensors          # dx = 2 sum_k of_cos_k cos(t_k x) - of_sin_k sin(t_k x)
+        dx = torch.empty_like(x)
+        for rows, of_cos, of_sin, scale, result in blocks(x, of_cos, of_sin, 2 * grad[:, None], dx):
+            cos, sin = torch.cos(DT * rows), torch.sin(DT * rows)      # once more: cheaper than to keep them
+            twice = 2 * cos
+            a, a_before, b, b_before = (torch.zeros_like(cos) for _ in range(4))
             for k in range(KNOTS - 2, -1, -1):
                 a, a_before = a_before.neg_().addcmul_(twice, a).add_(of_cos[:, k, None]), a
                 b, b_before = b_before.neg_().addcmul_(twice, b).add_(of_sin[:, k, None]), b
-            grads.append(2 * scale * (cos1 * a - a_before - sin1 * b))
-        return torch.cat(grads), None, None, None
+            result.copy_(scale * (cos * a - a_before - sin * b))
+        return dx, None, None, None
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
