@@ -381,13 +381,13 @@ def judged(log, result, ranks=(57.4, 49.8), codes=43532):
 
 
 def test_the_default_run_meets_every_criterion_but_the_number_of_epochs():
-    log, result = recorded("default-seed0")
+    log, result = recorded("sphere-seed0")
     assert [name for name, (ok, _) in judged(log, result).items() if not ok] == ["100 epochs"]
     assert judged(log, result)["100 epochs"][1] == "42"
 
 
 def test_each_verdict_fails_where_its_figure_is_bad():
-    log, result = recorded("default-seed0")
+    log, result = recorded("sphere-seed0")
     bad = [dict(row) for row in log]
     looks = [row for row in bad if row.get("validation_loss")]
     looks[3]["validation_loss"], looks[5]["codes_usage"], bad[-1]["prediction"] = 99.0, 0.2, 1000.0
@@ -402,7 +402,7 @@ def test_each_verdict_fails_where_its_figure_is_bad():
 
 
 def test_the_shuffled_context_of_recorded_runs_falls_to_or_below_the_copy():
-    for run in ("default-seed0", "default-seed1", "default-seed2"):
+    for run in ("sphere-seed0", "sphere-seed1", "sphere-seed2"):
         _, result = recorded(run)
         assert result["shuffled_ndcg10_without_out1"] <= result["floors"]["copy in2, trained"]["ndcg10_without_out1"]
 
@@ -442,7 +442,7 @@ def run(tmp_path, monkeypatch, tasks):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.safetensors").touch()
         for file in ("log.jsonl", "result.json"):
-            (tmp_path / name / file).write_text((ROOT / "runs" / "default-seed0" / file).read_text())
+            (tmp_path / name / file).write_text((ROOT / "runs" / "sphere-seed0" / file).read_text())
     return tmp_path
 
 
