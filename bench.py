@@ -1,6 +1,6 @@
 """Speed tables: SIGReg and the training step beside what one would run instead. Every row is a ratio inside one run.
 
-    python bench.py                              all tables (about 10 minutes on 2 cores, more with --size base)
+    python bench.py                              all tables (about 6 minutes on 2 cores, more with --size base)
     python bench.py --tables sigreg step         some of them; --out FOLDER also writes them as bench.md and bench.json
 
 Cases of a table take turns; a figure is the median over the rounds, with the least and the most. Run it on an otherwise idle machine.

@@ -414,7 +414,7 @@ def test_stop_on_alert_ends_a_run_that_can_go_on(task_folder, tmp_path):
     go = lambda *more: subprocess.run([sys.executable, "-c", script, *flags, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
     stopped = go("--stop-on-alert")
     assert stopped.returncode == 3, stopped.stderr
-    assert "alert at step 20: late: loss" in stopped.stdout and "stopped by an alert after step 21" in stopped.stdout and "--resume" in stopped.stdout
+    assert "alert at step 20: late: loss" in stopped.stdout and "stopped by an alert after step 20" in stopped.stdout and "--resume" in stopped.stdout
     assert (tmp_path / "run" / "last.safetensors").exists() and not (tmp_path / "run" / "result.json").exists()
     resumed = go("--resume")
     assert resumed.returncode == 0 and (tmp_path / "run" / "result.json").exists(), resumed.stderr
