@@ -28,7 +28,7 @@ from torch import Tensor
 import arc_data
 import report
 from arc_data import PAD, Windows
-from report import ALERT_STATUS, Alerts, draw, plot_run, write_whole  # all but draw for who trains
+from report import draw, write_whole
 
 METRICS = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "r1_without_out1", "mrr_without_out1", "within_task")
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task")  # the metrics of a run's own table

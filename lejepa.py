@@ -637,7 +637,7 @@ class RunLog:
         self.sigregs, self.looking, self.begin = deque(self.last["sigregs"], maxlen=NULL_STEPS), 0.0, begin
         self.samples, self.windows, self.mark = self.last["samples"], self.last["windows"], (self.last["windows"], time.monotonic())
         self.first_bad = torch.zeros(1, device=cfg.device)             # the first step that is not a number, and its terms
-        self.alerts = evaluation.Alerts(map(json.loads, (self.folder / "log.jsonl").read_text().splitlines() if start else ()))
+        self.alerts = report.Alerts(map(json.loads, (self.folder / "log.jsonl").read_text().splitlines() if start else ()))
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
@@ -697,7 +697,7 @@ class RunLog:
         for line in self.alerts.feed(row):
             print(f"      {line}", flush=True)
             if self.cfg.stop_on_alert and line.startswith("alert") and step < self.cfg.steps:
-                self.stop = -evaluation.ALERT_STATUS   # no signal has such a number
+                self.stop = -report.ALERT_STATUS   # no signal has such a number
 
     @torch.no_grad()
     def look(self, step: int, model) -> dict:
@@ -746,7 +746,7 @@ class RunLog:
                    "seconds": self.seconds(), "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "device": describe_device(self.cfg.device)}
         report.write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        evaluation.plot_run(self.folder)
+        report.plot_run(self.folder)
         print(evaluation.table(result) + "\n")
         for name, value in result.items():
             if not isinstance(value, dict):
@@ -1203,9 +1203,9 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
     except OSError as error:                           # no room, or no permission
         print(f"lejepa.py: {error}; {log.checkpoint()}" + (f"; once that is mended, go on with {way_out}" if log.saved else ""), file=sys.stderr)
         return 1
-    if log.stop == -evaluation.ALERT_STATUS:
+    if log.stop == -report.ALERT_STATUS:
         print(f"stopped by an alert after step {log.saved}; to go on all the same: {way_out}, without --stop-on-alert", flush=True)
-        return evaluation.ALERT_STATUS
+        return report.ALERT_STATUS
     if log.stop:
         print(f"stopped by a signal after step {log.saved}; to go on: {way_out}", flush=True)
         return 128 + log.stop

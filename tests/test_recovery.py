@@ -37,7 +37,7 @@ TOY = lejepa.Size(16, 2, 1, 1, 32, 32, 16, 32, 1000, 24, 6e-3)
 def toy():
     lejepa.SIZES["small"] = TOY
     lejepa.look_every, lejepa.LOG_EVERY = lambda cfg: LOOK, 2
-    lejepa.evaluation.plot_run = lambda folder: None   # a picture takes longer than all the rest
+    lejepa.report.plot_run = lambda folder: None   # a picture takes longer than all the rest
 
 
 @pytest.fixture
