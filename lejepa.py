@@ -158,59 +158,74 @@ SIGREG_NULL = 1.05246                                  # what SIGReg is on avera
 
 
 def knots(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """t_k (T,), the characteristic function of N(0, 1) there (T,), and it times the trapezoid weights (T,)."""
-    t = torch.arange(KNOTS, dtype=like.dtype, device=like.device) * DT
+    """t_k (T - 1,), the characteristic function of N(0, 1) there, and it times the trapezoid weights. t_0 adds nothing: cos 0 = phi_0 = 1."""
+    t = torch.arange(1, KNOTS, dtype=like.dtype, device=like.device) * DT
     phi = torch.exp(-t.square() / 2)
-    weight = torch.full_like(t, 2 * DT)
-    weight[0] = weight[-1] = DT
-    return t, phi, weight * phi
+    weight = 2 * DT * phi
+    weight[-1] /= 2
+    return t, phi, weight
 
 
-BLOCK = 1 << 18                                        # numbers that stay in a CPU's cache while the recurrences pass over them
+BLOCK = 1 << 18                                        # numbers that stay in a CPU's cache while 30 passes go over them
 
 
 def blocks(*tensors: Tensor):
-    """The same rows of each tensor, some at a time: on a CPU, eagerly, a pass over all would go to memory and back 100 times."""
-    whole = tensors[0].is_cuda or torch.compiler.is_compiling()        # a GPU wants large kernels, and a compiler fuses the passes
-    return [tensors] if whole else zip(*(x.split(max(1, BLOCK // tensors[0].shape[1])) for x in tensors))
+    """The same rows of each tensor, some at a time; a GPU wants large kernels."""
+    return [tensors] if tensors[0].is_cuda else zip(*(x.split(max(1, BLOCK // tensors[0].shape[1])) for x in tensors))
+
+
+def multiples(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """cos(t_k x) and sin(t_k x), k = 1 to T - 1, for a compiler: in steps of four, so each is so few operations from x that all fuse."""
+    cos, sin = [torch.ones_like(x), torch.cos(DT * x)], [torch.zeros_like(x), torch.sin(DT * x)]
+    for k in range(2, 5):
+        cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
+        sin.append(sin[k - 1] * cos[1] + cos[k - 1] * sin[1])
+    for k in range(5, KNOTS):                          # f(k + 4) = 2 cos(t_4 x) f(k) - f(k - 4)
+        cos.append(2 * cos[4] * cos[k - 4] - cos[abs(k - 8)])
+        sin.append(2 * cos[4] * sin[k - 4] - (sin[k - 8] if k >= 8 else -sin[8 - k]))
+    return cos[1:], sin[1:]
+
+
+def wave(x: Tensor) -> Tensor:
+    """exp(i t_1 x): its powers are cos(t_k x) + i sin(t_k x)."""
+    return torch.complex(torch.cos(DT * x), torch.sin(DT * x))
 
 
 class EppsPulley(torch.autograd.Function):
     """N * sum_k w_k phi_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
 
-    The knots are equally spaced, so cos(t_k x) and sin(t_k x) follow from one cosine and one sine by angle addition, and the
-    gradient, a trigonometric sum in k, by Clenshaw's recurrence: O(N M) memory instead of O(T N M). Both recurrences are
-    f_(k+1) = 2 cos(t_1 x) f_k - f_(k-1), taken in place.
+    The knots are equally spaced, so all cosines and sines follow from one of each by angle addition, and so does the gradient,
+    2 sum_k w_k t_k phi_k [S_k cos t_k x - (C_k - phi_k) sin t_k x] with C and S the two means: O(N M) memory instead of O(T N M).
+    Eagerly that is a product of complex numbers in place; compilers know no complex numbers, and fuse `multiples` into one pass.
     """
 
     @staticmethod
     def forward(ctx, x, t, phi, weight):
-        means = []
-        for (rows,) in blocks(x):
-            cos, sin, found = torch.cos(DT * rows), torch.sin(DT * rows), []
-            twice, cos_before, sin_before = 2 * cos, torch.ones_like(cos), torch.zeros_like(sin)
-            for _ in range(1, KNOTS):                  # knot 0 adds nothing: cos 0 = phi_0 = 1
-                found.append(torch.stack([cos.mean(1), sin.mean(1)], 1))                            # (rows, 2)
-                cos, cos_before = cos_before.neg_().addcmul_(twice, cos), cos
-                sin, sin_before = sin_before.neg_().addcmul_(twice, sin), sin
-            means.append(torch.stack(found, 1))        # (rows, T - 1, 2)
-        means = torch.cat(means)                       # (V M, T - 1, 2)
-        error_cos, error_sin, weight, t = means[..., 0] - phi[1:], means[..., 1], weight[1:], t[1:]
-        ctx.save_for_backward(x, weight * t * error_sin, weight * t * error_cos)
-        return x.shape[1] * (weight * (error_cos.square() + error_sin.square())).sum(1)
+        if torch.compiler.is_compiling():
+            means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x)], 2)
+        else:
+            means = []
+            for (rows,) in blocks(x):
+                power = torch.ones_like(step := wave(rows))
+                means.append(torch.stack([power.mul_(step).mean(1) for _ in t], 1))
+            means = torch.view_as_real(torch.cat(means))
+        error = means - torch.stack([phi, torch.zeros_like(phi)], 1)                                # (V M, T - 1, 2): C - phi, S
+        ctx.save_for_backward(x, (weight * t)[:, None] * error)
+        return x.shape[1] * (weight[:, None] * error.square()).sum((1, 2))
 
     @staticmethod
     def backward(ctx, grad):
-        x, of_cos, of_sin = ctx.saved_tensors          # dx = 2 sum_k of_cos_k cos(t_k x) - of_sin_k sin(t_k x)
+        x, error = ctx.saved_tensors
+        of_sin, of_cos = error.unbind(2)
+        if torch.compiler.is_compiling():
+            dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in enumerate(zip(*multiples(x))))
+            return 2 * grad[:, None] * dx, None, None, None
         dx = torch.empty_like(x)
-        for rows, of_cos, of_sin, scale, result in blocks(x, of_cos, of_sin, 2 * grad[:, None], dx):
-            cos, sin = torch.cos(DT * rows), torch.sin(DT * rows)      # once more: cheaper than to keep them
-            twice = 2 * cos
-            a, a_before, b, b_before = (torch.zeros_like(cos) for _ in range(4))
-            for k in range(KNOTS - 2, -1, -1):
-                a, a_before = a_before.neg_().addcmul_(twice, a).add_(of_cos[:, k, None]), a
-                b, b_before = b_before.neg_().addcmul_(twice, b).add_(of_sin[:, k, None]), b
-            result.copy_(scale * (cos * a - a_before - sin * b))
+        for rows, factor, result in blocks(x, 2 * grad[:, None] * torch.complex(of_cos, of_sin), dx):
+            total = torch.zeros_like(step := wave(rows))
+            for k in reversed(range(KNOTS - 1)):       # Horner's rule
+                total.add_(factor[:, k, None]).mul_(step)
+            result.copy_(total.real)
         return dx, None, None, None
 
 
