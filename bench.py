@@ -92,18 +92,19 @@ class Table:
 # ---------------------------------------------------------------------------------------------- SIGReg
 
 
-def plain_sigreg(z, directions):
-    """The published formula as one writes it down: z (V, N, D) or (N, D); materialises (N, M, T)."""
+def plain_sigreg(z, directions, frequency=None):
+    """The published formula as one writes it down, or the same at one t; z (V, N, D) or (N, D); materialises (N, M, T)."""
     if z.ndim == 3:
-        return torch.stack([plain_sigreg(view, directions) for view in z]).mean()
+        return torch.stack([plain_sigreg(view, directions, frequency) for view in z]).mean()
     with torch.autocast(z.device.type, enabled=False):
-        t = torch.linspace(0, 3, 17, device=z.device)
+        t = torch.linspace(0, 3, 17, device=z.device) if frequency is None else torch.tensor([frequency], device=z.device)
         phi = torch.exp(-t ** 2 / 2)
-        weights = torch.full_like(t, 2 * 3 / 16)
-        weights[[0, -1]] = 3 / 16
+        weights = 2 * 3 / 16 * phi if frequency is None else lejepa.SIGREG_NULL / (1 - phi ** 2)
+        if frequency is None:
+            weights[[0, -1]] /= 2
         x = (z.float() @ directions).unsqueeze(-1) * t                                  # (N, M, T)
         error = (x.cos().mean(0) - phi) ** 2 + x.sin().mean(0) ** 2                     # (M, T)
-        return (error @ (weights * phi)).mean() * len(z)
+        return (error @ weights).mean() * len(z)
 
 
 class Projections(torch.autograd.Function):

@@ -6,7 +6,7 @@ once, by gradients into both:
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
 
-SIGReg(z), the mean over the roles input, output and z_hat, keeps the distribution of embeddings at N(0, I), so that nothing
+SIGReg(z), the mean over the roles input and output, keeps the distribution of embeddings at N(0, I), so that nothing
 collapses. The same test on y, the numbers behind the codes, makes their Gaussian quantiles equally likely. There is no teacher,
 stop-gradient, queue, schedule of weights or codebook.
 
@@ -71,7 +71,7 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 512, 1000, 384, 6e-3),
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 1000, 384, 6e-3),
          "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 20000, 1536, 4e-3),
          "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 40000, 3072, 2e-3)}
 
@@ -154,15 +154,23 @@ def settle(args) -> Config:
 
 KNOTS = 17                                             # t_k = k dt on [0, 3]: the published grid
 DT = 3 / (KNOTS - 1)
+FREQUENCY = 2.0                                        # t at which embeddings are tested in training
 SIGREG_NULL = 1.05246                                  # what SIGReg is on average for samples of N(0, I)
 
 
-def knots(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """t_k (T - 1,), the characteristic function of N(0, 1) there, and it times the trapezoid weights. t_0 adds nothing: cos 0 = phi_0 = 1."""
+def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """t_k (T,), the characteristic function phi_k of N(0, 1) there, and the weights: of the published grid, or of one frequency.
+
+    The published grid's t_0 is left out: it adds nothing, for cos 0 = phi_0 = 1. Both have the same mean under N(0, I).
+    """
+    if frequency is not None:
+        t = torch.full((1,), frequency, dtype=like.dtype, device=like.device)
+        phi = torch.exp(-t.square() / 2)
+        return t, phi, SIGREG_NULL / (1 - phi.square())
     t = torch.arange(1, KNOTS, dtype=like.dtype, device=like.device) * DT
     phi = torch.exp(-t.square() / 2)
     weight = 2 * DT * phi
-    weight[-1] /= 2
+    weight[-1] /= 2                                    # the trapezoid rule
     return t, phi, weight
 
 
@@ -174,67 +182,72 @@ def blocks(*tensors: Tensor):
     return [tensors] if tensors[0].is_cuda else zip(*(x.split(max(1, BLOCK // tensors[0].shape[1])) for x in tensors))
 
 
-def multiples(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """cos(t_k x) and sin(t_k x), k = 1 to T - 1, for a compiler: in steps of four, so each is so few operations from x that all fuse."""
-    cos, sin = [torch.ones_like(x), torch.cos(DT * x)], [torch.zeros_like(x), torch.sin(DT * x)]
-    for k in range(2, 5):
+def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """cos(t_k x) and sin(t_k x) of each knot, for a compiler: in steps of four, so each is so few operations from x that all fuse."""
+    cos, sin = [torch.ones_like(x), torch.cos(t[0] * x)], [torch.zeros_like(x), torch.sin(t[0] * x)]
+    for k in range(2, min(5, len(t) + 1)):
         cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
         sin.append(sin[k - 1] * cos[1] + cos[k - 1] * sin[1])
-    for k in range(5, KNOTS):                          # f(k + 4) = 2 cos(t_4 x) f(k) - f(k - 4)
+    for k in range(5, len(t) + 1):                     # f(k + 4) = 2 cos(t_4 x) f(k) - f(k - 4)
         cos.append(2 * cos[4] * cos[k - 4] - cos[abs(k - 8)])
         sin.append(2 * cos[4] * sin[k - 4] - (sin[k - 8] if k >= 8 else -sin[8 - k]))
     return cos[1:], sin[1:]
 
 
-def wave(x: Tensor) -> Tensor:
+def wave(x: Tensor, t: Tensor) -> Tensor:
     """exp(i t_1 x): its powers are cos(t_k x) + i sin(t_k x)."""
-    return torch.complex(torch.cos(DT * x), torch.sin(DT * x))
+    return torch.complex(torch.cos(t[0] * x), torch.sin(t[0] * x))
 
 
 class EppsPulley(torch.autograd.Function):
-    """N * sum_k w_k phi_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
+    """N * sum_k w_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,), for knots t_k = k t_1.
 
     The knots are equally spaced, so all cosines and sines follow from one of each by angle addition, and so does the gradient,
-    2 sum_k w_k t_k phi_k [S_k cos t_k x - (C_k - phi_k) sin t_k x] with C and S the two means: O(N M) memory instead of O(T N M).
+    2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x] with C and S the two means: O(N M) memory instead of O(T N M).
     Eagerly that is a product of complex numbers in place; compilers know no complex numbers, and fuse `multiples` into one pass.
     """
 
     @staticmethod
     def forward(ctx, x, t, phi, weight):
         if torch.compiler.is_compiling():
-            means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x)], 2)
+            means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x, t)], 2)
         else:
             means = []
             for (rows,) in blocks(x):
-                power = torch.ones_like(step := wave(rows))
+                power = torch.ones_like(step := wave(rows, t))
                 means.append(torch.stack([power.mul_(step).mean(1) for _ in t], 1))
             means = torch.view_as_real(torch.cat(means))
-        error = means - torch.stack([phi, torch.zeros_like(phi)], 1)                                # (V M, T - 1, 2): C - phi, S
-        ctx.save_for_backward(x, (weight * t)[:, None] * error)
+        error = means - torch.stack([phi, torch.zeros_like(phi)], 1)                                # (V M, T, 2): C - phi, S
+        ctx.save_for_backward(x, t, (weight * t)[:, None] * error)
         return x.shape[1] * (weight[:, None] * error.square()).sum((1, 2))
 
     @staticmethod
     def backward(ctx, grad):
-        x, error = ctx.saved_tensors
+        x, t, error = ctx.saved_tensors
         of_sin, of_cos = error.unbind(2)
         if torch.compiler.is_compiling():
-            dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in enumerate(zip(*multiples(x))))
+            dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in enumerate(zip(*multiples(x, t))))
             return 2 * grad[:, None] * dx, None, None, None
         dx = torch.empty_like(x)
         for rows, factor, result in blocks(x, 2 * grad[:, None] * torch.complex(of_cos, of_sin), dx):
-            total = torch.zeros_like(step := wave(rows))
-            for k in reversed(range(KNOTS - 1)):       # Horner's rule
+            total = torch.zeros_like(step := wave(rows, t))
+            for k in reversed(range(len(t))):       # Horner's rule
                 total.add_(factor[:, k, None]).mul_(step)
             result.copy_(total.real)
         return dx, None, None, None
 
 
-def sigreg(z: Tensor, directions: Tensor) -> Tensor:
+def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Tensor:
     """How far embeddings are from N(0, I): the Epps-Pulley statistic, averaged over random directions.
 
     z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
     directions  (D, M)               unit columns, drawn anew at every step
-    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed encoder
+    frequency   the characteristic function is compared at this t alone; by default on the published grid of 17, [0, 3]
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed encoder (default grid)
+
+    Averaged over all directions the test is a repulsion of pairs at distance d, and the frequencies are its range: at t it is
+    exp(-t^2 d^2 / 2 D). The published window, mostly of t < 1, makes that about (1 + d^2 / D)^(-1/2), which hardly parts what is
+    near; at t = 2 a pair at the mean distance, d^2 = 2 D, feels 2 % of what a close one does.
 
     Half types are raised to fp32, whatever autocast says. Raises ValueError for a view of one sample or other shapes.
     Source: arXiv:2511.08544 on the grid of its authors' code, mean over V and M; closed form and backward are ours.
@@ -246,7 +259,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)                    # (V, M, N)
-        return EppsPulley.apply(x.flatten(0, 1), *knots(x)).mean()
+        return EppsPulley.apply(x.flatten(0, 1), *knots(x, frequency)).mean()
 
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
@@ -256,19 +269,16 @@ def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
 
 
 class SquaredError(nn.Module):
-    """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role.
-
-    z_hat is a role too, a free vector beside z on its sphere: what is spread like z cannot shrink to the mean of what it stands for.
-    """
+    """LeJEPA's objective: the mean squared error of z_hat, gradient into both sides, and SIGReg of z by role."""
 
     def __init__(self, model):
         super().__init__()
 
-    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor, Tensor]:
-        """The prediction error, SIGReg of z, by inputs and outputs, and SIGReg of z_hat."""
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
+        """The prediction error, and SIGReg of z, the mean of inputs' and outputs'."""
         prediction = (z_hat - F.embedding(batch.index[:, 3], z)).square().mean()
         views = torch.stack([z[0::2], z[1::2]])        # (2, G / 2, D): inputs and outputs
-        return prediction, sigreg(views, directions), sigreg(z_hat, directions)
+        return prediction, sigreg(views, directions, FREQUENCY)
 
     def readout(self, z: Tensor) -> Tensor:
         """What is compared at evaluation, by Euclidean distance."""
@@ -462,11 +472,11 @@ class LeJEPA(nn.Module):
 
     def weigh(self, z, z_hat, y, batch: Batch, directions: Tensor, five: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its terms. directions (D, M) for embeddings, five (5, M') for the numbers behind a code."""
-        prediction, of_z, of_z_hat = self.objective(self, z, z_hat, batch, directions)
+        prediction, of_z = self.objective(self, z, z_hat, batch, directions)
         of_codes = self.encoder.code.penalty(y[batch.objects], five)
-        regulariser = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2       # roles in, out and z_hat; and the numbers behind the codes
+        regulariser = (of_z + of_codes) / 2
         loss = (1 - lam) * prediction + lam * regulariser
-        return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_z_hat": of_z_hat, "sigreg_codes": of_codes}
+        return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_codes": of_codes}
 
     @property
     def device(self):
@@ -981,7 +991,7 @@ class InfoNCE(nn.Module):
         grids, own = batch.index[:, 3].unique(return_inverse=True)
         return F.normalize(self.target(batch.grids)[0][grids].float(), dim=-1), own
 
-    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, model, z, z_hat, batch: Batch, directions) -> tuple[Tensor, Tensor]:
         keys, own = self.targets(batch, model)
         count = int(self.filled.clamp(max=self.QUEUE))
         temperature = self.log_temperature.exp().clamp(self.COLDEST, self.WARMEST)
@@ -990,7 +1000,7 @@ class InfoNCE(nn.Module):
             places = (self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE
             self.queue[places] = keys
             self.filled += len(keys)
-        return F.cross_entropy(logits, own), z.new_zeros(()), z.new_zeros(())
+        return F.cross_entropy(logits, own), z.new_zeros(())
 
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)

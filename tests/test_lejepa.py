@@ -51,6 +51,12 @@ def plain(z, directions):
     return z.shape[-2] * (error @ (weights * phi)).mean()
 
 
+def at(t, z, directions):
+    """The statistic of one view at one t, scaled to the mean that the published grid has for N(0, I)."""
+    error = np.exp(1j * t * (np.asarray(z, np.float64) @ np.asarray(directions, np.float64))).mean(0) - np.exp(-t**2 / 2)
+    return float(1.05246 / (1 - np.exp(-t**2)) * len(z) * (np.abs(error) ** 2).mean())
+
+
 CLOUDS = {"gaussian": lambda z: z, "shifted": lambda z: z + 0.7, "narrow": lambda z: 0.1 * z, "wide": lambda z: 3 * z,
           "uniform": lambda z: 2 * torch.rand(z.shape, generator=torch.Generator().manual_seed(5)).to(z.dtype), "skew": lambda z: z.exp() / 2}
 
@@ -66,6 +72,8 @@ def test_sigreg_of_gaussian_samples_averages_1_05_whatever_the_batch_size(sample
     views = max(200, 6000 // dim)                                                              # 6000 or more independent numbers
     got = [float(sigreg(normal(views // 4, samples, dim, seed=seed), unit(dim, 4 * dim, seed=seed))) for seed in range(4)]
     assert np.mean(got) == pytest.approx(null, abs=0.06)
+    got = [float(sigreg(normal(views // 4, samples, dim, seed=seed), unit(dim, 4 * dim, seed=seed), 2.0)) for seed in range(4)]
+    assert np.mean(got) == pytest.approx(null, abs=0.06)                                       # so is it at one frequency
 
 
 @pytest.mark.parametrize("samples", [2, 7, 64])
@@ -117,10 +125,28 @@ def test_sigreg_and_its_gradient_are_those_of_the_plain_formula(cloud, views, sa
     assert float((got - slope).norm()) < 1e-5 * float(slope.norm())
 
 
+@pytest.mark.parametrize("frequency", [None, 2.0])
 @pytest.mark.parametrize("views, samples, count", [(1, 2, 1), (2, 5, 3)])
-def test_the_gradient_passes_gradcheck(views, samples, count):
+def test_the_gradient_passes_gradcheck(views, samples, count, frequency):
     z = normal(views, samples, 4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: sigreg(z, unit(4, count, dtype=torch.float64)), z)
+    assert torch.autograd.gradcheck(lambda z: sigreg(z, unit(4, count, dtype=torch.float64), frequency), z)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+@pytest.mark.parametrize("frequency", [0.5, 2.0, 3.0])
+def test_at_one_frequency_it_compares_the_characteristic_function_there_alone(cloud, frequency):
+    z, directions = CLOUDS[cloud](normal(65, 8)), unit(8, 32)
+    assert float(sigreg(z, directions, frequency)) == pytest.approx(at(frequency, z, directions), rel=1e-5)
+
+
+def test_over_all_directions_one_frequency_is_a_repulsion_of_pairs_that_falls_with_their_distance():
+    """exp(-t^2 d^2 / 2 D) of each pair, as the docstring says, up to what no pair has a part in."""
+    dim, count, t = 256, 24, 2.0
+    z = (normal(count, 1) * 0.3 + normal(count, dim, seed=2) * torch.linspace(0.2, 1.5, count)[:, None]).double()
+    phi, kernel = math.exp(-t**2 / 2), lambda square: np.exp(-t**2 * square.numpy() / (2 * dim))
+    pairs = kernel(torch.cdist(z, z).square()).mean() - 2 * phi * kernel(z.square().sum(1)).mean() + phi**2
+    expected = count * pairs * 1.05246 / (1 - math.exp(-t**2))
+    assert float(sigreg(z, unit(dim, 20000, dtype=torch.float64), t)) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -478,10 +504,10 @@ def test_shape_comments_of_sigreg_code_encoder_and_predictor_hold(monkeypatch):
         z, z_hat, _ = model(batch)
     assert z.shape == (sizes["G"], size.dim) and z_hat.shape == (sizes["B"], size.dim)
     assert y.shape == code.shape == (sizes["U"], HEADS) and indices.shape == (sizes["U"], CODES)
-    penalty = Shapes([*methods(lejepa.GaussianCode), sigreg, lejepa.EppsPulley.forward], sizes | dict(V=CODES, N=len(y), M=13))
+    penalty = Shapes([*methods(lejepa.GaussianCode), sigreg, lejepa.EppsPulley.forward], sizes | dict(V=CODES, N=len(y), M=13, T=lejepa.KNOTS - 1))
     with penalty:
         value = model.encoder.code.penalty(y, unit(len(LEVELS), 13))
-    loose = Shapes([sigreg, lejepa.EppsPulley.forward], dict(V=2, N=11, M=13, D=6, T=lejepa.KNOTS))
+    loose = Shapes([sigreg, lejepa.EppsPulley.forward], dict(V=2, N=11, M=13, D=6, T=lejepa.KNOTS - 1))
     with loose:
         alone = sigreg(normal(2, 11, 6), unit(6, 13))
     assert value.shape == alone.shape == ()
@@ -510,11 +536,10 @@ def test_the_loss_is_1_minus_lam_prediction_plus_lam_sigreg_and_nothing_else(mon
         loss, terms = lejepa.losses(model, batch, 5, cfg)
         z, z_hat, y = model(batch)
     prediction = np.mean((z_hat.double().numpy() - z[batch.index[:, 3]].double().numpy()) ** 2)
-    of_z = np.mean([quadrature(z[side::2], drawn[z.shape[1]]) for side in (0, 1)])             # inputs, outputs
-    of_z_hat = quadrature(z_hat, drawn[z.shape[1]])
+    of_z = np.mean([at(2.0, z[side::2], drawn[z.shape[1]]) for side in (0, 1)])                # inputs, outputs
     of_codes = np.mean([quadrature(y[batch.objects, i * 5:i * 5 + 5], drawn[5]) for i in range(CODES)])
     assert float(terms["prediction"]) == pytest.approx(prediction, rel=1e-4)
-    expected = ((2 * of_z + of_z_hat) / 3 + of_codes) / 2
+    expected = (of_z + of_codes) / 2
     assert float(terms["sigreg"]) == pytest.approx(expected, rel=1e-4)
     assert float(loss) == pytest.approx(0.7 * prediction + 0.3 * expected, rel=1e-4)
 
@@ -615,13 +640,13 @@ def test_infonce_is_the_cross_entropy_over_the_batch_and_the_queue():
         batch = data.batch(30, 0, step)
         with torch.no_grad():
             z, z_hat, _ = model(batch)
-            loss, *regularisers = objective(model, z, z_hat, batch, None)
+            loss, regulariser = objective(model, z, z_hat, batch, None)
             targets = F.normalize(objective.target(batch.grids)[0], dim=-1)
         temperature = float(objective.log_temperature.exp())
         keys, query = targets[batch.index[:, 3].unique()], F.normalize(z_hat, dim=-1) / temperature
         logits = query @ torch.cat([keys, *kept]).T
         expected = (logits.logsumexp(1) - (query * targets[batch.index[:, 3]]).sum(1)).mean()
-        assert 0.05 <= temperature <= 0.20 and float(loss) == pytest.approx(float(expected), rel=1e-3) and list(map(float, regularisers)) == [0, 0]
+        assert 0.05 <= temperature <= 0.20 and float(loss) == pytest.approx(float(expected), rel=1e-3) and float(regulariser) == 0
         kept.append(keys)
     assert int(objective.filled) == sum(map(len, kept))
 
