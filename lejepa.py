@@ -6,12 +6,12 @@ once, by gradients into both:
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
 
-SIGReg(z), the mean over the roles input and output, keeps the distribution of embeddings at N(0, I), so that nothing
-collapses. The same test on y, the numbers behind the codes, makes their Gaussian quantiles equally likely. There is no teacher,
-stop-gradient, queue, schedule of weights or codebook.
+SIGReg tests a batch against N(0, I). SIGReg(z), the mean over the roles input and output, at one frequency, spreads embeddings over
+their sphere, so that nothing collapses. SIGReg(y), on the published grid of frequencies, makes the numbers behind the codes Gaussian,
+so that their quantiles, the codes, are equally likely. There is no teacher, stop-gradient, queue, schedule of weights or codebook.
 
     B windows in a batch   G grids   U distinct objects   R rows of L token slots   W width   D embedding width
-    V views   N samples of a view   M directions   T knots
+    V views   N samples of a view   M directions   T frequencies: 16, for the grid's first one adds nothing, or 1
 
     python lejepa.py                              the default run: trains, evaluates on unseen tasks, leaves runs/<name>/
     python lejepa.py --run runs/NAME --resume     goes on with a run that was interrupted
@@ -23,6 +23,7 @@ import copy
 import ctypes
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -86,7 +87,7 @@ class Config:
     batch_size: int = None             # windows a step; three pairs of a task give six (default: the size's own)
     lr: float = None                   # peak learning rate (default: the size's own)
     weight_decay: float = 0.5          # decoupled weight decay of matrices
-    lam: float = 0.3                   # weight of SIGReg; 1 - lam is the weight of the prediction
+    lam: float = 0.35                  # weight of SIGReg; 1 - lam is the weight of the prediction
     seed: int = 0                      # of weights, batches and directions
     device: str = "auto"               # auto, cpu or cuda
     dtype: str = "bf16"                # bf16 (autocast, fp32 weights) or fp32
@@ -154,27 +155,26 @@ def settle(args) -> Config:
 
 KNOTS = 17                                             # t_k = k dt on [0, 3]: the published grid
 DT = 3 / (KNOTS - 1)
-FREQUENCY = 2.0                                        # t at which embeddings are tested in training
+FREQUENCY = 2.0                                        # at which z is tested: 3 costs half of its rank, less parts too little (`sigreg`)
 SIGREG_NULL = 1.05246                                  # what SIGReg is on average for samples of N(0, I)
 
 
-def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def frequencies(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """t_k (T,), the characteristic function phi_k of N(0, 1) there, and the weights: of the published grid, or of one frequency.
 
-    The published grid's t_0 is left out: it adds nothing, for cos 0 = phi_0 = 1. Both have the same mean under N(0, I).
+    Both have the same mean under N(0, I). The grid's t_0 is left out: it adds nothing, for cos 0 = phi_0 = 1.
     """
-    if frequency is not None:
-        t = torch.full((1,), frequency, dtype=like.dtype, device=like.device)
-        phi = torch.exp(-t.square() / 2)
-        return t, phi, SIGREG_NULL / (1 - phi.square())
-    t = torch.arange(1, KNOTS, dtype=like.dtype, device=like.device) * DT
+    count, t_1 = (KNOTS - 1, DT) if frequency is None else (1, frequency)
+    t = torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * t_1
     phi = torch.exp(-t.square() / 2)
+    if frequency is not None:
+        return t, phi, SIGREG_NULL / (1 - phi.square())
     weight = 2 * DT * phi
     weight[-1] /= 2                                    # the trapezoid rule
     return t, phi, weight
 
 
-BLOCK = 1 << 18                                        # numbers that stay in a CPU's cache while 30 passes go over them
+BLOCK = 1 << 18                                        # projections that stay in a CPU's cache while up to 30 passes go over them
 
 
 def blocks(*tensors: Tensor):
@@ -183,12 +183,12 @@ def blocks(*tensors: Tensor):
 
 
 def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """cos(t_k x) and sin(t_k x) of each knot, for a compiler: in steps of four, so each is so few operations from x that all fuse."""
+    """cos(t_k x) and sin(t_k x) of each k, for a compiler: in steps of four, so each is so few operations from x that all fuse."""
     cos, sin = [torch.ones_like(x), torch.cos(t[0] * x)], [torch.zeros_like(x), torch.sin(t[0] * x)]
     for k in range(2, min(5, len(t) + 1)):
         cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
         sin.append(sin[k - 1] * cos[1] + cos[k - 1] * sin[1])
-    for k in range(5, len(t) + 1):                     # f(k + 4) = 2 cos(t_4 x) f(k) - f(k - 4)
+    for k in range(5, len(t) + 1):                     # f(k) = 2 cos(t_4 x) f(k - 4) - f(k - 8)
         cos.append(2 * cos[4] * cos[k - 4] - cos[abs(k - 8)])
         sin.append(2 * cos[4] * sin[k - 4] - (sin[k - 8] if k >= 8 else -sin[8 - k]))
     return cos[1:], sin[1:]
@@ -214,24 +214,28 @@ class EppsPulley(torch.autograd.Function):
         else:
             means = []
             for (rows,) in blocks(x):
-                power = torch.ones_like(step := wave(rows, t))
-                means.append(torch.stack([power.mul_(step).mean(1) for _ in t], 1))
+                step = wave(rows, t)
+                power, found = step.clone(), [step.mean(1)]
+                for _ in range(1, len(t)):
+                    found.append(power.mul_(step).mean(1))
+                means.append(torch.stack(found, 1))
             means = torch.view_as_real(torch.cat(means))
         error = means - torch.stack([phi, torch.zeros_like(phi)], 1)                                # (V M, T, 2): C - phi, S
-        ctx.save_for_backward(x, t, (weight * t)[:, None] * error)
+        ctx.save_for_backward(x, t, (weight * t)[:, None] * error)     # the cosine's error is the sine's factor, and the other way round
         return x.shape[1] * (weight[:, None] * error.square()).sum((1, 2))
 
     @staticmethod
     def backward(ctx, grad):
-        x, t, error = ctx.saved_tensors
-        of_sin, of_cos = error.unbind(2)
+        x, t, factors = ctx.saved_tensors
+        of_sin, of_cos = factors.unbind(2)
         if torch.compiler.is_compiling():
             dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in enumerate(zip(*multiples(x, t))))
             return 2 * grad[:, None] * dx, None, None, None
         dx = torch.empty_like(x)
         for rows, factor, result in blocks(x, 2 * grad[:, None] * torch.complex(of_cos, of_sin), dx):
-            total = torch.zeros_like(step := wave(rows, t))
-            for k in reversed(range(len(t))):       # Horner's rule
+            step = wave(rows, t)
+            total = factor[:, -1, None] * step
+            for k in reversed(range(len(t) - 1)):      # Horner's rule
                 total.add_(factor[:, k, None]).mul_(step)
             result.copy_(total.real)
         return dx, None, None, None
@@ -242,24 +246,26 @@ def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Ten
 
     z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
     directions  (D, M)               unit columns, drawn anew at every step
-    frequency   the characteristic function is compared at this t alone; by default on the published grid of 17, [0, 3]
-    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed encoder (default grid)
+    frequency   t > 0: the characteristic function is compared there alone; by default on the published grid of 17, [0, 3]
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed encoder, 0.802 N at t = 2
 
-    Averaged over all directions the test is a repulsion of pairs at distance d, and the frequencies are its range: at t it is
-    exp(-t^2 d^2 / 2 D). The published window, mostly of t < 1, makes that about (1 + d^2 / D)^(-1/2), which hardly parts what is
-    near; at t = 2 a pair at the mean distance, d^2 = 2 D, feels 2 % of what a close one does.
+    Averaged over all directions, for large D and |z|^2 = D, the test is a repulsion of pairs at distance d, exp(-t^2 d^2 / 2 D) at t: the
+    frequency is its range. From a close pair to one at the mean distance, d^2 = 2 D, its slope in d^2 falls to 20 % on the
+    published grid, where t < 1 weighs most, and to 2 % at t = 2, which parts what is near and leaves alone what is far.
 
-    Half types are raised to fp32, whatever autocast says. Raises ValueError for a view of one sample or other shapes.
-    Source: arXiv:2511.08544 on the grid of its authors' code, mean over V and M; closed form and backward are ours.
+    Half types are raised to fp32, whatever autocast says. Raises ValueError for a view of one sample, other shapes or frequencies.
+    Source: arXiv:2511.08544 on the grid of its authors' code, mean over V and M; one frequency, closed form and backward are ours.
     """
     if z.ndim not in (2, 3) or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
         raise ValueError(f"sigreg takes z (V, N, D) or (N, D) and directions (D, M), not {tuple(z.shape)} and {tuple(directions.shape)}")
+    if frequency is not None and not 0 < frequency < math.inf:
+        raise ValueError(f"sigreg tests at a frequency t > 0, not {frequency}")
     if z.shape[-2] < 2:
         raise ValueError(f"sigreg tests a distribution: a view needs at least 2 samples, not {z.shape[-2]}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)                    # (V, M, N)
-        return EppsPulley.apply(x.flatten(0, 1), *knots(x, frequency)).mean()
+        return EppsPulley.apply(x.flatten(0, 1), *frequencies(x, frequency)).mean()
 
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
@@ -800,7 +806,7 @@ def checksum(content: bytes) -> tuple[slice, bytes]:
 def save(folder: Path, model, optimizers, step: int, cfg: Config, state: dict):
     """last.safetensors: weights, optimizer, random state, step. The one before it stays as previous.safetensors."""
     tensors = state_of(model, optimizers) | {"random": torch.get_rng_state()}
-    metadata = {"sha256": ZEROS, "step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
+    metadata = {"sha256": ZEROS, "commit": commit(), "step": str(step), "config": json.dumps(dataclasses.asdict(cfg)), "state": json.dumps(state)}
     content = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
     place, digest = checksum(content)
     report.write_whole(folder / "last.safetensors", content[:place.start] + digest + content[place.stop:], keep=folder / "previous.safetensors")
@@ -823,7 +829,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
             for key, value in tensors.items():
                 if not value.isfinite().all():
                     raise ValueError(f"{key} holds what is not a number")
-            found = {"path": path, "step": int(metadata["step"]), "config": json.loads(metadata["config"]), "state": json.loads(metadata["state"])}
+            found = {"path": path, "commit": metadata.get("commit", ""), "step": int(metadata["step"]), "config": json.loads(metadata["config"]), "state": json.loads(metadata["state"])}
             if problems:
                 print(f"{problems[0]}; going on from {path}, step {found['step']}", file=sys.stderr)
             return tensors, found
@@ -859,6 +865,9 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     if found["config"]["steps"] != cfg.steps:
         print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here, "
               "so the run no longer equals an uninterrupted one bit for bit", file=sys.stderr)
+    if found["commit"] != commit():
+        print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is {commit() or 'unknown'}: "
+              "where they differ, the run no longer equals an uninterrupted one", file=sys.stderr)
     report.write_whole(folder / "log.jsonl", log)
     if found["path"].name != "last.safetensors":
         found["path"].replace(folder / "last.safetensors")             # so that a damaged one never becomes the previous
@@ -919,7 +928,7 @@ class EMACode(nn.Module):
 
     def __init__(self, lam: float):
         super().__init__()
-        self.weight = 2 * self.COMMITMENT / max(lam, 1e-6)             # `losses` multiplies by lam / 2
+        self.weight = 2 * self.COMMITMENT / max(lam, 1e-6)             # `weigh` multiplies by lam / 2
         self.register_buffer("vectors", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
         self.register_buffer("members", torch.ones(CODES, CODE_SIZE))
         self.register_buffer("total", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
@@ -1030,6 +1039,7 @@ def keep_large_blocks():
     mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take 32 MB at most
 
 
+@functools.cache
 def commit() -> str:
     """The commit this file stands at, marked -dirty if it was edited since; empty without git."""
     try:
