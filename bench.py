@@ -135,7 +135,8 @@ def sigreg_table(args, device, allocator: str, compiled: bool) -> Table:
     for samples, width in ((1024, 128), (4096, 384)):
         z = torch.randn(samples, width, device=device, requires_grad=True)
         directions = F.normalize(torch.randn(width, args.directions, device=device), dim=0)
-        functions = {"projections": Projections.apply, "plain, eager": plain_sigreg, "closed form, eager": lejepa.sigreg}
+        functions = {"projections": Projections.apply, "plain, eager": plain_sigreg, "closed form, eager": lejepa.sigreg,
+                     "at one frequency, eager": lambda z, directions: lejepa.sigreg(z, directions, lejepa.FREQUENCY)}
         if compiled:
             functions |= {"plain, compiled": torch.compile(plain_sigreg, dynamic=False), "closed form, compiled": torch.compile(lejepa.sigreg, dynamic=False)}
         cases = {name: both_ways(function, z, directions) for name, function in functions.items()}
