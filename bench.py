@@ -99,9 +99,11 @@ def plain_sigreg(z, directions, frequency=None):
     with torch.autocast(z.device.type, enabled=False):
         t = torch.linspace(0, 3, 17, device=z.device) if frequency is None else torch.tensor([frequency], device=z.device)
         phi = torch.exp(-t ** 2 / 2)
-        weights = 2 * 3 / 16 * phi if frequency is None else lejepa.SIGREG_NULL / (1 - phi ** 2)
         if frequency is None:
+            weights = 2 * 3 / 16 * phi
             weights[[0, -1]] /= 2
+        else:
+            weights = lejepa.SIGREG_NULL / (1 - phi ** 2)
         x = (z.float() @ directions).unsqueeze(-1) * t                                  # (N, M, T)
         error = (x.cos().mean(0) - phi) ** 2 + x.sin().mean(0) ** 2                     # (M, T)
         return (error @ weights).mean() * len(z)

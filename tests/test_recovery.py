@@ -238,6 +238,17 @@ def at_own_pid():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def other_commit():
+    lejepa.commit = lambda: "another"
+
+
+@pytest.mark.whole
+def test_a_checkpoint_of_another_commit_is_said_to_be_one(go, tmp_path):
+    go(tmp_path / "run", status=130, changes=[partial(at, 3, STOP)])
+    assert "written by commit" not in go(tmp_path / "run", "--resume", status=130, changes=[partial(at, 5, STOP)])
+    assert "this is another: where they differ, the run no longer equals an uninterrupted one" in go(tmp_path / "run", "--resume", changes=[other_commit])
+
+
 @pytest.mark.whole
 def test_other_steps_may_be_given_and_are_named_as_no_longer_exact(go, small_model, tmp_path):
     go(tmp_path / "run")
