@@ -614,8 +614,6 @@ def eagerly(cfg: Config):
 
 def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: int = 0) -> int:
     """Trains to cfg.steps, or to the step in which a signal asked for the end. Returns the number of steps taken."""
-    if cfg.compile:
-        compile_parts(model)
     model.train()
     for step in range(start, cfg.steps):
         with record_function("data"):
@@ -1153,8 +1151,6 @@ def traced(model, optimizers, data: TaskSet, cfg: Config, warm: int, steps: int)
 def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps: int = 3):
     """A trace of the training step for TensorBoard and Perfetto in <run>/profile/, tables on the screen."""
     model.train()
-    if cfg.compile:
-        compile_parts(model)
     profiler, rate = traced(model, optimizers, data, cfg, warm, steps)
     path = Path(cfg.run) / "profile" / f"lejepa.{time.time_ns() // 1_000_000}.pt.trace.json"
     path.parent.mkdir(exist_ok=True)
@@ -1206,6 +1202,7 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float)
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
           f"{len(held_out)} validation tasks; {(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects ({cut.sum()} objects)", flush=True)
     model = build(cfg).to(cfg.device)
+    cfg = dataclasses.replace(cfg, compile=cfg.compile and compile_parts(model))                    # config.json says what came of it
     optimizers = make_optimizers(model, cfg)
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
     write_config(cfg)

@@ -495,6 +495,23 @@ def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
     assert len({tuple(row) for row in index}) == len(index)
 
 
+def test_half_of_the_batches_are_of_neighbours_in_size_and_every_task_is_as_likely_as_any_other():
+    shapes = [(1, n) for n in range(1, 31)] + [(2, n) for n in range(16, 31)]                       # 45 tasks, each of its own area
+    rank = {rows * columns: i for i, (rows, columns) in enumerate(shapes)}
+    grid = lambda shape: np.zeros(shape, np.int8)
+    data = TaskSet({str(shape): Task([(grid(shape), grid(shape))] * 2, []) for shape in reversed(shapes)})
+    drawn = []
+    for step in range(1000):
+        grids = data.batch(16, 0, step).grids                              # 8 tasks of 4 grids
+        drawn.append([rank[rows * columns] for rows, columns in grids.box.flatten(0, 1)[grids.first[::4], 2:].tolist()])
+    alike = [ranks == [(ranks[0] + i) % len(shapes) for i in range(8)] for ranks in drawn]
+    assert np.mean(alike) == pytest.approx(arc_data.ALIKE, abs=0.05)
+    assert {ranks[0] for ranks, is_alike in zip(drawn, alike) if is_alike} == set(range(len(shapes)))
+    for kind in (True, False):
+        times = np.bincount([i for ranks, is_alike in zip(drawn, alike) if is_alike is kind for i in ranks], minlength=len(shapes))
+        assert times == pytest.approx(np.full(len(shapes), times.mean()), rel=0.45)
+
+
 def test_a_batch_depends_on_seed_and_step_alone(crowd):
     flat = lambda batch: [part.tolist() for part in (*batch.grids, *batch[1:])]
     data = TaskSet(crowd)

@@ -1,5 +1,6 @@
 """Claims of speed that can be tested without a clock: the fast step is the plain one, nothing recompiles, bench.py's rows are what they say."""
 import copy
+import dataclasses
 import functools
 import json
 import subprocess
@@ -15,7 +16,7 @@ from conftest import synthetic_tasks
 
 import bench
 import lejepa
-from arc_data import Batch, TaskSet
+from arc_data import Batch, Task, TaskSet
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,15 +127,18 @@ def test_the_backward_of_a_part_counts_as_that_part(part):
     assert sum(times.values()) == pytest.approx(steps, rel=0.05) and rate > 0
 
 
-def test_without_a_compiler_the_run_goes_on_eagerly_with_one_line(capsys, monkeypatch):
+def test_without_a_compiler_the_run_goes_on_eagerly_with_one_line_and_its_record_says_so(capsys, monkeypatch, tmp_path):
     def broken(function, **options):
         def run(*args):
             raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
         return run
     monkeypatch.setattr(torch, "compile", broken)
-    _, model, _ = setting()
-    assert lejepa.compile_parts(model) is False and "forward" not in vars(model.predictor)
+    pair = (np.eye(3, dtype=np.int8), np.ones((3, 3), np.int8))
+    cfg = dataclasses.replace(setting()[0], compile=True, profile=True, run=str(tmp_path))
+    _, model, *_ = lejepa.prepare(cfg, {"a": Task([pair, pair[::-1]], [])}, {}, [], 0.0)
+    assert "forward" not in vars(model.predictor)
     assert capsys.readouterr().err.count("\n") == 1
+    assert json.loads((tmp_path / "config.json").read_text())["compile"] is False
 
 
 @pytest.mark.whole
