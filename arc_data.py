@@ -446,8 +446,8 @@ class TaskSet:
     """Training tasks on the device. A batch is T tasks, P pairs of each, under one symmetry, one recolouring and one direction a task:
     run backwards, (out1, in1, out2) -> in2, it is a task as well. Without `augment`, T tasks as they are.
 
-    In a share ALIKE of batches the tasks are neighbours by the size of their grids. Size is the easiest thing to predict, and
-    cannot spread such a batch: SIGReg then has the encoder tell its grids apart by what else they hold.
+    In a share ALIKE of batches the tasks are neighbours by the size of their grids. Size is the easiest thing to predict, but
+    spreads such a batch less: SIGReg then has the encoder tell its grids apart by what else they hold.
 
     All P (P - 1) ordered choices of two of those pairs are windows, so each grid is encoded once and serves several.
     Every task is as likely as any other; the draw depends on (seed, step) alone.
@@ -460,7 +460,8 @@ class TaskSet:
         self.sizes = np.array([len(side) // 2 for side in sides])                 # pairs of each task
         self.pairs = min(pairs, self.sizes.max())
         self.starts = np.cumsum(2 * self.sizes) - 2 * self.sizes                  # first grid of each task
-        self.by_size = np.argsort([np.mean([math.log(grid.size) for grid in side]) for side in sides], kind="stable")
+        order = np.argsort([np.mean([math.log(grid.size) for grid in side]) for side in sides], kind="stable")
+        self.ring = np.concatenate([order[::2], order[1::2][::-1]])              # tasks by size of their grids, up one side and down the other
         self.table = TokenTable([grid for side in sides for grid in side], device)
         self.windows = int((self.sizes * (self.sizes - 1)).sum())
 
@@ -470,7 +471,7 @@ class TaskSet:
         count = math.ceil(size / (self.pairs * (self.pairs - 1)))
         tasks = random.choice(len(self.sizes), count)
         if self.augment and random.random() < ALIKE:
-            tasks = self.by_size[(tasks[0] + np.arange(count)) % len(self.sizes)]          # from anywhere, round the end
+            tasks = self.ring[(tasks[0] + np.arange(count)) % len(self.sizes)]
         keys = random.random((count, self.sizes.max()))
         keys[np.arange(keys.shape[1]) >= self.sizes[tasks, None]] = 2             # no such pair
         order = keys.argsort(1)[:, :self.pairs]

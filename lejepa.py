@@ -1196,7 +1196,10 @@ def utilisation(model, data: TaskSet, cfg: Config, seconds: float) -> float:
 
 
 def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float):
-    """Everything else that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
+    """Everything else that can go wrong by what the user gave, before a step is taken: ValueError or OSError says what.
+
+    Returns the Config too: `compile` is False in it where nothing compiles.
+    """
     data = TaskSet(tasks, cfg.device)
     cut = data.table.cut
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
@@ -1207,7 +1210,7 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float)
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
     write_config(cfg)
     log = None if cfg.profile else RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
-    return data, model, optimizers, log, start
+    return cfg, data, model, optimizers, log, start
 
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
@@ -1260,7 +1263,7 @@ def main():
         try:
             tasks = arc_data.split(cfg.data, cfg.validate)
             lock = open_folder(cfg)
-            data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
+            cfg, data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
         except (ValueError, OSError) as error:
             print(f"lejepa.py: {error}", file=sys.stderr)
             sys.exit(2)

@@ -499,17 +499,28 @@ def test_half_of_the_batches_are_of_neighbours_in_size_and_every_task_is_as_like
     shapes = [(1, n) for n in range(1, 31)] + [(2, n) for n in range(16, 31)]                       # 45 tasks, each of its own area
     rank = {rows * columns: i for i, (rows, columns) in enumerate(shapes)}
     grid = lambda shape: np.zeros(shape, np.int8)
-    data = TaskSet({str(shape): Task([(grid(shape), grid(shape))] * 2, []) for shape in reversed(shapes)})
-    drawn = []
-    for step in range(1000):
-        grids = data.batch(16, 0, step).grids                              # 8 tasks of 4 grids
-        drawn.append([rank[rows * columns] for rows, columns in grids.box.flatten(0, 1)[grids.first[::4], 2:].tolist()])
-    alike = [ranks == [(ranks[0] + i) % len(shapes) for i in range(8)] for ranks in drawn]
-    assert np.mean(alike) == pytest.approx(arc_data.ALIKE, abs=0.05)
-    assert {ranks[0] for ranks, is_alike in zip(drawn, alike) if is_alike} == set(range(len(shapes)))
-    for kind in (True, False):
-        times = np.bincount([i for ranks, is_alike in zip(drawn, alike) if is_alike is kind for i in ranks], minlength=len(shapes))
+    tasks = {str(shape): Task([(grid(shape), grid(shape))] * 2, []) for shape in reversed(shapes)}
+
+    def draws(augment):
+        """Ranks (steps, 8) of the 8 tasks, of 4 grids each, in batches of 16 windows."""
+        data = TaskSet(tasks, augment=augment)
+        batches = (data.batch(16, 0, step).grids for step in range(1000))
+        return np.array([[rank[a * b] for a, b in grids.box.flatten(0, 1)[grids.first[::4], 2:].tolist()] for grids in batches])
+
+    drawn = draws(augment=True)
+    alike = np.ptp(drawn, axis=1) <= 15                                    # neighbours: 8 of at most 16 in a row
+    assert alike.mean() == pytest.approx(0.5, abs=0.05)
+    assert all(len(set(ranks)) == 8 for ranks in drawn[alike])
+    for ranks in (drawn[alike], drawn[~alike]):
+        times = np.bincount(ranks.ravel(), minlength=len(shapes))
         assert times == pytest.approx(np.full(len(shapes), times.mean()), rel=0.45)
+    assert np.mean(np.ptp(draws(augment=False), axis=1) <= 15) < 0.02      # what is measured on is drawn at random
+
+
+def test_tasks_run_forwards_and_backwards_equally_often(crowd):
+    data = TaskSet(crowd)
+    first = torch.cat([data.batch(48, 0, step).index[:, 0] for step in range(50)])
+    assert (first % 2).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(crowd):
