@@ -192,7 +192,7 @@ def step_table(args, data: TaskSet, device: str) -> Table:
         times = take_turns(cases, args.rounds, warm=1)
         for name, spent in times.items():
             cfg, model, _ = settings[name]
-            used = lejepa.utilisation(model, data, cfg, spent.median)
+            used = lejepa.utilisation(model, data, cfg, spent.median, 4)
             gain = times[name[0], "eager"].median - spent.median
             even = "—" if name[1] == "eager" else f"{cost[name] / gain:.0f}" if gain > 0 else "never"
             table.add(size, windows, *name, 1e3 * spent.median, windows / spent.median, spent.against(times["fp32", "eager"]), f"{used:.0%}",

@@ -129,8 +129,8 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         parser.error("--profile would be ignored: with --resume the run goes on; profile in a folder of its own")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    if args.code != "gaussian" and args.objective == "infonce" and args.lam != Config.lam:
-        parser.error(f"--lam {args.lam} would be ignored: neither --code {args.code} nor --objective infonce has a SIGReg term")
+    if args.code == "none" and args.objective == "infonce" and args.lam != Config.lam:
+        parser.error(f"--lam {args.lam} would do nothing: neither --code none nor --objective infonce has a second term")
     if args.code == "ema" and args.lam == 0:
         parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small one instead")
     return settle(args)
@@ -489,17 +489,22 @@ class LeJEPA(nn.Module):
         return self.predictor.role.device
 
     def _chunks(self, grids):
+        grids = [np.asarray(grid) for grid in grids]
         for i, grid in enumerate(grids):
-            if grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or grid.min() < 0 or grid.max() > 9:
-                raise ValueError(f"grid {i} has shape {grid.shape}; a grid is 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
-        table = TokenTable(grids, self.device, turned=False)
+            if grid.dtype.kind not in "iu" or grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or grid.min() < 0 or grid.max() > 9:
+                raise ValueError(f"grid {i} is {grid.dtype} {grid.shape}; a grid is 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
+        table = TokenTable(grids, self.device, turned=False) if grids else None
         for first in range(0, len(grids), self.CHUNK):
             yield table.gather(np.arange(first, min(first + self.CHUNK, len(grids))))
+
+    def _encode(self, grids) -> Tensor:
+        nothing = torch.empty(0, self.predictor.token.in_features, device=self.device)
+        return torch.cat([nothing, *(self.encoder(chunk)[0] for chunk in self._chunks(grids))])
 
     @torch.no_grad()
     def embed(self, grids: list) -> Tensor:
         """z (len(grids), D) of 2-D integer arrays."""
-        return self.objective.readout(torch.cat([self.encoder(chunk)[0] for chunk in self._chunks(grids)]))
+        return self.objective.readout(self._encode(grids))
 
     @torch.no_grad()
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
@@ -515,13 +520,15 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def predict(self, contexts: list) -> Tensor:
         """z_hat (len(contexts), D) of (in1, out1, in2) triples. Each distinct grid is encoded once."""
-        place, grids = {}, []
-        for grid in (grid for context in contexts for grid in context):
-            if place.setdefault((grid.shape, grid.tobytes()), len(grids)) == len(grids):
+        place, grids, index = {}, [], []
+        for grid in (np.asarray(grid) for context in contexts for grid in context):
+            index.append(place.setdefault((grid.shape, grid.tobytes()), len(grids)))
+            if index[-1] == len(grids):
                 grids.append(grid)
-        index = torch.tensor([[place[grid.shape, grid.tobytes()] for grid in context] for context in contexts], device=self.device)
-        z = torch.cat([self.encoder(chunk)[0] for chunk in self._chunks(grids)])
-        return self.objective.readout(torch.cat([self.predictor(z[rows]) for rows in index.split(self.CHUNK)]))
+        z = self._encode(grids)
+        index = torch.tensor(index, dtype=torch.int64, device=self.device).view(-1, 3)
+        z_hat = [self.predictor(z[index[first:first + self.CHUNK]]) for first in range(0, len(index), self.CHUNK)]
+        return self.objective.readout(torch.cat([z[:0], *z_hat]))
 
 
 # --------------------------------------------------------------------------------------------------------- 4 Optimizer
@@ -658,7 +665,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter              # slow to import, and only a run needs it
         self.cfg, self.folder, self.start, self.saved, self.stop, self.trained = cfg, Path(cfg.run), start, start, 0, False
         self.unseen, self.epoch = make_windows(held_out), windows
-        self.seen = make_windows(dict(list(tasks.items())[:TRAINING_LOOK]))
+        self.seen = make_windows(dict([item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1][:TRAINING_LOOK]))
         self.held_out = TaskSet(held_out, cfg.device, augment=False)
         self.objects = TokenTable(self.unseen.grids, cfg.device, turned=False).gather(np.arange(len(self.unseen.grids)))
         self.last = {"windows": 0, "seconds": 0.0, "sigregs": [], "grad_sum": 0.0, "grad_max": 0.0, "samples": 0} | (state or {})
@@ -768,7 +775,7 @@ class RunLog:
         codes, kind = self.code_indices(model)
         rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         result |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
-        result |= {"sigreg_over_null": float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL,
+        result |= {"sigreg_over_null": float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL or None,     # null where z is not tested
                    "sigreg_n": self.samples, "loss": float(self.validation_loss(model)),
                    "validation_windows": len(self.unseen.index), "steps": steps, "windows": self.windows, "epochs": self.windows / self.epoch,
                    "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
@@ -1039,7 +1046,7 @@ def keep_large_blocks():
 
 @functools.cache
 def commit() -> str:
-    """The commit this file stands at, marked -dirty if it was edited since; empty without git."""
+    """The commit of this folder, marked -dirty if a tracked file differs from it; empty without git."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True,
                               cwd=Path(__file__).parent).stdout.strip()
@@ -1163,7 +1170,7 @@ def profile(model, optimizers, data: TaskSet, cfg: Config, warm: int = 3, steps:
     for name, value in times.items():
         print(f"{name:>12} {value / sum(times.values()):6.1%}  {value / steps / 1000:8.1f} ms a step, backward included")
     memory = max((event["args"].get("Total Allocated", 0) for event in trace["traceEvents"] if event.get("name") == "[memory]"), default=0)
-    share = utilisation(model, data, cfg, cfg.batch_size / rate)
+    share = utilisation(model, data, cfg, cfg.batch_size / rate, steps)
     print(f"peak memory {memory / 1e9:.2f} GB (allocated, of the traced steps); {rate:.0f} windows/s; utilisation {share:.1%} of a {cfg.dtype} matrix product\n"
           f"trace: {path}; open it in Perfetto, or with: tensorboard --logdir {cfg.run}")
 
@@ -1190,9 +1197,10 @@ def model_flops(model, batch: Batch, cfg: Config) -> int:
     return counter.get_total_flops()
 
 
-def utilisation(model, data: TaskSet, cfg: Config, seconds: float) -> float:
-    """Model FLOPs utilisation of a step that takes `seconds`."""
-    return model_flops(model, data.batch(cfg.batch_size, cfg.seed, 0), cfg) / seconds / matmul_rate(cfg)
+def utilisation(model, data: TaskSet, cfg: Config, seconds: float, steps: int) -> float:
+    """Model FLOPs utilisation of the run's first `steps` steps, which take `seconds` each."""
+    flops = np.mean([model_flops(model, data.batch(cfg.batch_size, cfg.seed, step), cfg) for step in range(steps)])
+    return flops / seconds / matmul_rate(cfg)
 
 
 def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float):

@@ -669,11 +669,19 @@ def test_no_code_passes_y_on_as_it_is():
     assert code(y) is y and code.indices(y).shape == (9, 0) and float(code.penalty(y, None)) == 0
 
 
-@pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int)])
+@pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int), np.full((2, 2), 0.7)])
 def test_embed_refuses_what_is_no_grid(grid):
     model, _ = make()
     with pytest.raises(ValueError, match="grid 1 "):
         model.embed([np.ones((2, 2), int), grid])
+
+
+def test_grids_may_be_nested_lists_and_none_at_all():
+    model, cfg = make()
+    rows = [[0, 1], [2, 3]]
+    assert torch.equal(model.embed([rows]), model.embed([np.array(rows)]))
+    assert torch.equal(model.predict([(rows, rows, rows)]), model.predict([(np.array(rows),) * 3]))
+    assert model.embed([]).shape == model.predict([]).shape == (0, lejepa.SIZES[cfg.size].dim) and model.codes([]) == []
 
 
 # ------------------------------------------------------------------------------------------------ the process
