@@ -25,7 +25,7 @@ PAD = 10                                   # the 'colour' of cells outside a gri
 OBJECTS = 60                               # K: objects kept of a grid, the largest first
 SLOTS = 64                                 # L: token slots of a packed row, at least OBJECTS + 1
 BYTES = (SIDE * SIDE + 7) // 8             # a 30 x 30 bitmap, packed
-ALIKE = 0.5                                # share of batches whose tasks have grids of about the same size
+EXCHANGED = 0.5                            # share of training tasks run backwards: (out1, in1, out2) -> in2
 LARGEST = 12 << 20                         # bytes of a task file; as Python objects it may take 60 times that
 SOURCES = ("arcagi1:training", "arcagi1:evaluation", "arcagi2:training", "arcagi2:evaluation")
 REPORTED = "arcagi1:evaluation"            # the split that results are reported on; `dev` never touches it
@@ -443,11 +443,8 @@ class Batch(NamedTuple):
 
 
 class TaskSet:
-    """Training tasks on the device. A batch is T tasks, P pairs of each, under one symmetry, one recolouring and one direction a task:
-    run backwards, (out1, in1, out2) -> in2, it is a task as well. Without `augment`, T tasks as they are.
-
-    In a share ALIKE of batches the tasks are neighbours by the size of their grids. Size is the easiest thing to predict, but
-    spreads such a batch less: SIGReg then has the encoder tell its grids apart by what else they hold.
+    """Training tasks on the device. A batch is T tasks, P pairs of each, under one symmetry and one recolouring a task;
+    half of the tasks are run backwards, from outputs to inputs.
 
     All P (P - 1) ordered choices of two of those pairs are windows, so each grid is encoded once and serves several.
     Every task is as likely as any other; the draw depends on (seed, step) alone.
@@ -460,8 +457,6 @@ class TaskSet:
         self.sizes = np.array([len(side) // 2 for side in sides])                 # pairs of each task
         self.pairs = min(pairs, self.sizes.max())
         self.starts = np.cumsum(2 * self.sizes) - 2 * self.sizes                  # first grid of each task
-        order = np.argsort([np.mean([math.log(grid.size) for grid in side]) for side in sides], kind="stable")
-        self.ring = np.concatenate([order[::2], order[1::2][::-1]])              # tasks by size of their grids, up one side and down the other
         self.table = TokenTable([grid for side in sides for grid in side], device)
         self.windows = int((self.sizes * (self.sizes - 1)).sum())
 
@@ -470,8 +465,6 @@ class TaskSet:
         random = np.random.default_rng([seed, step])
         count = math.ceil(size / (self.pairs * (self.pairs - 1)))
         tasks = random.choice(len(self.sizes), count)
-        if self.augment and random.random() < ALIKE:
-            tasks = self.ring[(tasks[0] + np.arange(count)) % len(self.sizes)]
         keys = random.random((count, self.sizes.max()))
         keys[np.arange(keys.shape[1]) >= self.sizes[tasks, None]] = 2             # no such pair
         order = keys.argsort(1)[:, :self.pairs]
@@ -489,7 +482,7 @@ class TaskSet:
         first, second = first.ravel()[real][:size], second.ravel()[real][:size]
         index = np.stack([2 * first, 2 * first + 1, 2 * second, 2 * second + 1], 1)
         if self.augment:
-            back = random.integers(0, 2, count).astype(bool)[index[:, 0] // each]
+            back = (random.random(count) < EXCHANGED)[index[:, 0] // each]
             index[back] = index[back][:, [1, 0, 3, 2]]
         gathered = self.table.gather(grids, symmetry, colours)
         objects = random.permutation(len(gathered.colour))[:len(grids)]

@@ -272,7 +272,7 @@ ALERTS = {  # what the recorded runs were to be stopped for: figure, when it is 
     f"no better nDCG@10 without out1 in {STALL} looks": ("ndcg10_without_out1", lambda v: len(v) > STALL and max(v[-STALL:]) <= max(v[:-STALL]), max)}
 ALERT_STATUS = 3  # exit status of a run that --stop-on-alert ended
 HYPER_PARAMETERS = ("lam", "learning rate", "weight decay", "batch size", "steps", "dropout", "objects a grid", "levels of the code",
-                    "share of batches alike in size")  # every constant but sizes that other data might need changed
+                    "share of tasks run backwards")  # every constant but sizes that other data might need changed
 
 
 class Alerts:

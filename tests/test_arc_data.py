@@ -495,28 +495,6 @@ def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
     assert len({tuple(row) for row in index}) == len(index)
 
 
-def test_half_of_the_batches_are_of_neighbours_in_size_and_every_task_is_as_likely_as_any_other():
-    shapes = [(1, n) for n in range(1, 31)] + [(2, n) for n in range(16, 31)]                       # 45 tasks, each of its own area
-    rank = {rows * columns: i for i, (rows, columns) in enumerate(shapes)}
-    grid = lambda shape: np.zeros(shape, np.int8)
-    tasks = {str(shape): Task([(grid(shape), grid(shape))] * 2, []) for shape in reversed(shapes)}
-
-    def draws(augment):
-        """Ranks (steps, 8) of the 8 tasks, of 4 grids each, in batches of 16 windows."""
-        data = TaskSet(tasks, augment=augment)
-        batches = (data.batch(16, 0, step).grids for step in range(1000))
-        return np.array([[rank[a * b] for a, b in grids.box.flatten(0, 1)[grids.first[::4], 2:].tolist()] for grids in batches])
-
-    drawn = draws(augment=True)
-    alike = np.ptp(drawn, axis=1) <= 15                                    # neighbours: 8 of at most 16 in a row
-    assert alike.mean() == pytest.approx(0.5, abs=0.05)
-    assert all(len(set(ranks)) == 8 for ranks in drawn[alike])
-    for ranks in (drawn[alike], drawn[~alike]):
-        times = np.bincount(ranks.ravel(), minlength=len(shapes))
-        assert times == pytest.approx(np.full(len(shapes), times.mean()), rel=0.45)
-    assert np.mean(np.ptp(draws(augment=False), axis=1) <= 15) < 0.02      # what is measured on is drawn at random
-
-
 def test_tasks_run_forwards_and_backwards_equally_often(crowd):
     data = TaskSet(crowd)
     first = torch.cat([data.batch(48, 0, step).index[:, 0] for step in range(50)])

@@ -368,43 +368,38 @@ def test_each_alert_trips_and_clears_where_it_should(key, values, at):
     assert again.feed(rows[at[0] + 1]) == lines[at[0] + 1]
 
 
-def recorded(run):
-    log = [json.loads(line) for line in (ROOT / "runs" / run / "log.jsonl").read_text().splitlines()]
-    return log, json.loads((ROOT / "runs" / run / "result.json").read_text())
+def recorded(run="default-t2-seed0"):
+    """What report.verdicts judges, from the records of a run: log, result, lam, health, figures."""
+    read = lambda name: (ROOT / "runs" / run / name).read_text()
+    log = [json.loads(line) for line in read("log.jsonl").splitlines()]
+    return log, json.loads(read("result.json")), json.loads(read("config.json"))["lam"], json.loads(read("health.json")), json.loads(read("eval.json"))
 
 
-def judged(log, result, ranks=(57.4, 49.8), codes=43532):
-    record = {"context": {"effective_rank": ranks[0]}, "target": {"effective_rank": ranks[1]}, "codes": {"codes_n_by_occurrence": codes},
-              "shuffled_ndcg10_without_out1": result.get("shuffled_ndcg10_without_out1")}
-    figures = {"ndcg10_without_out1": {"floors": {"copy in2, trained": 0.503}}}
-    return {name: (ok, text) for name, ok, text in report.verdicts(log, result, 0.3, record, figures)}
+def judged(*record):
+    return {name: (ok, text) for name, ok, text in report.verdicts(*record)}
 
 
 def test_the_default_run_meets_every_criterion_but_the_number_of_epochs():
-    log, result = recorded("sphere-seed0")
-    assert [name for name, (ok, _) in judged(log, result).items() if not ok] == ["100 epochs"]
-    assert judged(log, result)["100 epochs"][1] == "42"
+    found = judged(*recorded())
+    assert [name for name, (ok, _) in found.items() if not ok] == ["100 epochs"]
+    assert found["100 epochs"][1] == "42"
 
 
 def test_each_verdict_fails_where_its_figure_is_bad():
-    log, result = recorded("sphere-seed0")
+    log, result, lam, health, figures = recorded()
     bad = [dict(row) for row in log]
     looks = [row for row in bad if row.get("validation_loss")]
     looks[3]["validation_loss"], looks[5]["codes_usage"], bad[-1]["prediction"] = 99.0, 0.2, 1000.0
-    found = judged(bad, result | {"epochs": 150, "grad_norm_mean": 51, "grad_norm_max": 151, "shuffled_ndcg10_without_out1": 0.51}, ranks=(14, 19), codes=0)
+    ill = health | {"context": {"effective_rank": 14}, "target": {"effective_rank": 19}, "codes": {"codes_n_by_occurrence": 0},
+                    "shuffled_ndcg10_without_out1": figures["ndcg10_without_out1"]["floors"]["copy in2, trained"] + 0.001}
+    found = judged(bad, result | {"epochs": 150, "grad_norm_mean": 51, "grad_norm_max": 151}, lam, ill, figures)
     failed = [name for name, (ok, _) in found.items() if not ok]
     for part in ("spike", "code usage above 25 %", "steady", "rank of the context at least", "rank of the target at least", "mean below 50", "maximum below 150",
                  "no loss term", "codes that other", "shuffled context", "no alert: validation loss"):
         assert any(part in name for name in failed), part
     assert len(failed) == 11 and "100 epochs" not in failed
-    unknown = judged([], {})
+    unknown = judged([], {}, lam, health | {"shuffled_ndcg10_without_out1": None}, figures)
     assert unknown["100 epochs"] == (None, "not recorded") and sum(ok is None for ok, _ in unknown.values()) == 15
-
-
-def test_the_shuffled_context_of_recorded_runs_falls_to_or_below_the_copy():
-    for run in ("sphere-seed0", "sphere-seed1", "sphere-seed2"):
-        _, result = recorded(run)
-        assert result["shuffled_ndcg10_without_out1"] <= result["floors"]["copy in2, trained"]["ndcg10_without_out1"]
 
 
 @pytest.mark.whole
