@@ -27,6 +27,7 @@ from arc_data import Batch, Grids, TaskSet
 # ---------------------------------------------------------------------------------------------- measuring
 
 
+BATCHES = 4                                            # that the cases of the step's table take in turn
 PER_WAIT = 10 if torch.cuda.is_available() else 1      # calls of a case between two waits for the device: a run does not wait at each step
 
 
@@ -184,15 +185,15 @@ def step_table(args, data: TaskSet, device: str) -> Table:
                 setting = prepare(size, dtype, windows, device, compiled)
                 if setting is None:
                     continue
-                settings[name], cases[name] = setting, step_case(setting, lambda step: data.batch(windows, 0, step % 4))
+                settings[name], cases[name] = setting, step_case(setting, lambda step: data.batch(windows, 0, step % BATCHES))
                 begin = time.perf_counter()
-                for _ in range(4):                     # every batch that the rounds will see: nothing compiles later
+                for _ in range(BATCHES):               # every batch that the rounds will see: nothing compiles later
                     cases[name]()
                 cost[name] = time.perf_counter() - begin
         times = take_turns(cases, args.rounds, warm=1)
         for name, spent in times.items():
             cfg, model, _ = settings[name]
-            used = lejepa.utilisation(model, data, cfg, spent.median, 4)
+            used = lejepa.utilisation(model, data, cfg, spent.median, BATCHES)
             gain = times[name[0], "eager"].median - spent.median
             even = "—" if name[1] == "eager" else f"{cost[name] / gain:.0f}" if gain > 0 else "never"
             table.add(size, windows, *name, 1e3 * spent.median, windows / spent.median, spent.against(times["fp32", "eager"]), f"{used:.0%}",

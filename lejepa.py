@@ -17,7 +17,8 @@ so that their quantiles, the codes, are equally likely. There is no teacher, sto
     python lejepa.py --run runs/NAME --resume     goes on with a run that was interrupted
     python lejepa.py --profile                    the training step under the profiler
 
-The default run on two CPU cores takes about six minutes and finds the output of 400 unseen tasks with nDCG@10 0.78 (without out1).
+The default run takes about six minutes on two CPU cores. Among the outputs of 400 unseen tasks, the context's own left out, it
+finds the right one with nDCG@10 0.78; the best row without learning has 0.776.
 """
 import argparse
 import contextlib
@@ -462,6 +463,15 @@ class Predictor(nn.Module):
         return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()
 
 
+def checked(grids) -> list[np.ndarray]:
+    """The grids as arrays. ValueError names the first that is no grid."""
+    grids = [np.asarray(grid) for grid in grids]
+    for i, grid in enumerate(grids):
+        if grid.dtype.kind not in "iu" or grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or not 0 <= grid.min() <= grid.max() <= 9:
+            raise ValueError(f"grid {i}, {grid.dtype} of shape {grid.shape}, is not 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
+    return grids
+
+
 class LeJEPA(nn.Module):
     """Encoder and predictor. In training: forward. Frozen: embed, codes and predict, on lists of grids, in fp32."""
 
@@ -491,11 +501,7 @@ class LeJEPA(nn.Module):
         return self.predictor.role.device
 
     def _chunks(self, grids):
-        grids = [np.asarray(grid) for grid in grids]
-        for i, grid in enumerate(grids):
-            if grid.dtype.kind not in "iu" or grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or grid.min() < 0 or grid.max() > 9:
-                raise ValueError(f"grid {i} is {grid.dtype} {grid.shape}; a grid is 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
-        table = TokenTable(grids, self.device, turned=False) if grids else None
+        table = TokenTable(checked(grids), self.device, turned=False) if len(grids) else None
         for first in range(0, len(grids), self.CHUNK):
             yield table.gather(np.arange(first, min(first + self.CHUNK, len(grids))))
 
@@ -505,7 +511,7 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def embed(self, grids: list) -> Tensor:
-        """z (len(grids), D) of 2-D integer arrays."""
+        """z (len(grids), D) of 2-D integer arrays or nested lists."""
         return self.objective.readout(self._encode(grids))
 
     @torch.no_grad()
@@ -522,8 +528,11 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def predict(self, contexts: list) -> Tensor:
         """z_hat (len(contexts), D) of (in1, out1, in2) triples. Each distinct grid is encoded once."""
+        for i, context in enumerate(contexts):
+            if len(context) != 3:
+                raise ValueError(f"context {i} has {len(context)} grids; it takes three: in1, out1, in2")
         place, grids, index = {}, [], []
-        for grid in (np.asarray(grid) for context in contexts for grid in context):
+        for grid in checked([grid for context in contexts for grid in context]):
             index.append(place.setdefault((grid.shape, grid.tobytes()), len(grids)))
             if index[-1] == len(grids):
                 grids.append(grid)
@@ -777,7 +786,8 @@ class RunLog:
         codes, kind = self.code_indices(model)
         rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         result |= evaluation.code_statistics(codes.numpy(), CODE_SIZE, kind.numpy())
-        result |= {"sigreg_over_null": float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL or None,     # null where z is not tested
+        tested = float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL                     # 0 where the objective does not test z
+        result |= {"sigreg_over_null": tested or None,
                    "sigreg_n": self.samples, "loss": float(self.validation_loss(model)),
                    "validation_windows": len(self.unseen.index), "steps": steps, "windows": self.windows, "epochs": self.windows / self.epoch,
                    "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
@@ -1081,11 +1091,11 @@ def refuse_used(cfg: Config, folder: Path):
         raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
 
 
-def write_config(cfg: Config):
-    """config.json: every flag and the machine; of a resumed run, the flags that may have changed."""
+def write_config(cfg: Config, compiled: bool):
+    """config.json: every flag, what came of --compile, and the machine; of a resumed run, the flags that may have changed."""
     path = Path(cfg.run) / "config.json"
     record = SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
-    record |= {"command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
+    record |= {"compiled": compiled, "command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if cfg.resume and path.exists():
         try:
@@ -1206,21 +1216,18 @@ def utilisation(model, data: TaskSet, cfg: Config, seconds: float, steps: int) -
 
 
 def prepare(cfg: Config, tasks: dict, held_out: dict, leaks: list, begin: float):
-    """Everything else that can go wrong by what the user gave, before a step is taken: ValueError or OSError says what.
-
-    Returns the Config too: `compile` is False in it where nothing compiles.
-    """
+    """Everything else that can go wrong by what the user gave, before a step is taken. ValueError or OSError says what."""
     data = TaskSet(tasks, cfg.device)
     cut = data.table.cut
     print(f"{len(tasks)} training tasks, {data.windows} windows ({len(leaks)} tasks left out: they share a pair with what is held out); "
           f"{len(held_out)} validation tasks; {(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects ({cut.sum()} objects)", flush=True)
     model = build(cfg).to(cfg.device)
-    cfg = dataclasses.replace(cfg, compile=cfg.compile and compile_parts(model))                    # config.json says what came of it
+    compiled = cfg.compile and compile_parts(model)
     optimizers = make_optimizers(model, cfg)
     start, state = resume(model, optimizers, cfg) if cfg.resume else (0, None)
-    write_config(cfg)
+    write_config(cfg, compiled)
     log = None if cfg.profile else RunLog(cfg, tasks, held_out, data.windows, start, state, begin)
-    return cfg, data, model, optimizers, log, start
+    return data, model, optimizers, log, start
 
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
@@ -1273,7 +1280,7 @@ def main():
         try:
             tasks = arc_data.split(cfg.data, cfg.validate)
             lock = open_folder(cfg)
-            cfg, data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
+            data, model, optimizers, log, start = prepare(cfg, *tasks, begin)
         except (ValueError, OSError) as error:
             print(f"lejepa.py: {error}", file=sys.stderr)
             sys.exit(2)

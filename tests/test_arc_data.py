@@ -498,7 +498,7 @@ def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
 def test_tasks_run_forwards_and_backwards_equally_often(crowd):
     data = TaskSet(crowd)
     first = torch.cat([data.batch(48, 0, step).index[:, 0] for step in range(50)])
-    assert (first % 2).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (first % 2).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(crowd):

@@ -672,7 +672,7 @@ def test_no_code_passes_y_on_as_it_is():
 @pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int), np.full((2, 2), 0.7)])
 def test_embed_refuses_what_is_no_grid(grid):
     model, _ = make()
-    with pytest.raises(ValueError, match="grid 1 "):
+    with pytest.raises(ValueError, match="grid 1,"):
         model.embed([np.ones((2, 2), int), grid])
 
 
@@ -682,6 +682,16 @@ def test_grids_may_be_nested_lists_and_none_at_all():
     assert torch.equal(model.embed([rows]), model.embed([np.array(rows)]))
     assert torch.equal(model.predict([(rows, rows, rows)]), model.predict([(np.array(rows),) * 3]))
     assert model.embed([]).shape == model.predict([]).shape == (0, lejepa.SIZES[cfg.size].dim) and model.codes([]) == []
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_predict_refuses_what_is_no_triple_and_names_a_bad_grid_by_its_place(count):
+    model, _ = make()
+    grid = np.ones((2, 2), int)
+    with pytest.raises(ValueError, match="context 1 has"):
+        model.predict([[grid] * 3, [grid] * count])
+    with pytest.raises(ValueError, match="grid 4,"):
+        model.predict([[grid] * 3, [grid, grid + 9, grid]])
 
 
 # ------------------------------------------------------------------------------------------------ the process

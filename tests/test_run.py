@@ -322,6 +322,7 @@ for flags in {}:
     for code, objective in names:
         result = read_result(tmp_path / f"{code}-{objective}")
         assert set(RESULT) - TIMES <= set(result) and (result["codes_usage"] is None) == (code == "none")
+        assert (result["sigreg_over_null"] is None) == (objective == "infonce")
         losses.add(result["loss"])
         assert lejepa.load_run(tmp_path / f"{code}-{objective}")[0].embed([np.ones((2, 2), np.int8)]).isfinite().all()
     assert len(losses) == 6
