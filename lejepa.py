@@ -75,9 +75,9 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 1000, 384, 6e-3),
-         "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 20000, 1536, 4e-3),
-         "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 40000, 3072, 2e-3)}
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 1000, 384, 3e-3),
+         "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 20000, 1536, 2e-3),
+         "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 40000, 3072, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Config:
     size: str = None                   # small, base or large (default: base on a GPU, small without one)
     steps: int = None                  # training steps (default: the size's own)
     batch_size: int = None             # windows a step; three pairs of a task give six (default: the size's own)
-    lr: float = None                   # peak learning rate (default: the size's own)
+    lr: float = None                   # learning rate after a short warm-up (default: the size's own)
     weight_decay: float = 0.5          # decoupled weight decay of matrices
     lam: float = 0.35                  # weight of SIGReg; 1 - lam is the weight of the prediction
     seed: int = 0                      # of weights, batches and directions
@@ -473,7 +473,10 @@ def checked(grids) -> list[np.ndarray]:
 
 
 class LeJEPA(nn.Module):
-    """Encoder and predictor. In training: forward. Frozen: embed, codes and predict, on lists of grids, in fp32."""
+    """Encoder and predictor. In training: forward. Frozen: embed, codes and predict, on lists of grids, in fp32.
+
+    In evaluation the weights are the mean of those of the last steps, as BatchNorm's statistics are. The loss never sees the mean.
+    """
 
     CHUNK = 512                                        # grids encoded, and windows predicted, at a time
 
@@ -481,17 +484,35 @@ class LeJEPA(nn.Module):
         super().__init__()
         self.encoder, self.predictor = Encoder(size, code), Predictor(size)
         self.objective = objective(self)
+        self.mean = nn.Module()
+        self.mean.encoder, self.mean.predictor = copy.deepcopy(self.encoder), copy.deepcopy(self.predictor)
+        self.mean.requires_grad_(False)
+
+    @property
+    def weights(self) -> nn.Module:
+        """Whose encoder and predictor are used: the trained ones in training, their mean in evaluation."""
+        return self if self.training else self.mean
+
+    @torch.no_grad()
+    def average(self, step: int):
+        """Moves the mean towards the weights after `step`, all the way after step 0; it reaches back over about the last tenth of all steps.
+
+        Source: polynomial-decay averaging, arXiv:1212.1824.
+        """
+        for part in ("encoder", "predictor"):
+            for mean, now in zip(getattr(self.mean, part).state_dict().values(), getattr(self, part).state_dict().values()):
+                mean.lerp_(now, 1 / (1 + HORIZON * step)) if mean.is_floating_point() else mean.copy_(now)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
-        z, y = self.encoder(batch.grids)
+        z, y = self.weights.encoder(batch.grids)
         with record_function("predictor"):
-            return z, self.predictor(F.embedding(batch.index[:, :3], z)), y
+            return z, self.weights.predictor(F.embedding(batch.index[:, :3], z)), y
 
     def weigh(self, z, z_hat, y, batch: Batch, directions: Tensor, five: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its terms. directions (D, M) for embeddings, five (5, M') for the numbers behind a code."""
         prediction, of_z = self.objective(self, z, z_hat, batch, directions)
-        of_codes = self.encoder.code.penalty(y[batch.objects], five)
+        of_codes = self.weights.encoder.code.penalty(y[batch.objects], five)
         regulariser = (of_z + of_codes) / 2
         loss = (1 - lam) * prediction + lam * regulariser
         return loss, {"prediction": prediction, "sigreg": regulariser, "sigreg_z": of_z, "sigreg_codes": of_codes}
@@ -507,19 +528,24 @@ class LeJEPA(nn.Module):
 
     def _encode(self, grids) -> Tensor:
         nothing = torch.empty(0, self.predictor.token.in_features, device=self.device)
-        return torch.cat([nothing, *(self.encoder(chunk)[0] for chunk in self._chunks(grids))])
+        return torch.cat([nothing, *(self.weights.encoder(chunk)[0] for chunk in self._chunks(grids))])
 
     @torch.no_grad()
     def embed(self, grids: list) -> Tensor:
         """z (len(grids), D) of 2-D integer arrays or nested lists."""
         return self.objective.readout(self._encode(grids))
 
+    def indices(self, grids: Grids) -> Tensor:
+        """(U, n_codes) int64: the codes of the distinct objects."""
+        encoder = self.weights.encoder
+        return encoder.code.indices(encoder.objects(grids))
+
     @torch.no_grad()
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
         """For each grid codes (n, n_codes) int64 and boxes (n, 4) int64: top, left, height, width; item 0 is the whole grid."""
         found = []
         for chunk in self._chunks(grids):
-            codes = self.encoder.code.indices(self.encoder.objects(chunk))[chunk.kind].flatten(0, 1).cpu()
+            codes = self.indices(chunk)[chunk.kind].flatten(0, 1).cpu()
             boxes = chunk.box.flatten(0, 1).cpu()
             for first, count in zip(chunk.first.tolist(), chunk.count.tolist()):
                 found.append((codes[first:first + count], boxes[first:first + count]))
@@ -538,13 +564,14 @@ class LeJEPA(nn.Module):
                 grids.append(grid)
         z = self._encode(grids)
         index = torch.tensor(index, dtype=torch.int64, device=self.device).view(-1, 3)
-        z_hat = [self.predictor(z[index[first:first + self.CHUNK]]) for first in range(0, len(index), self.CHUNK)]
+        z_hat = [self.weights.predictor(z[index[first:first + self.CHUNK]]) for first in range(0, len(index), self.CHUNK)]
         return self.objective.readout(torch.cat([z[:0], *z_hat]))
 
 
 # --------------------------------------------------------------------------------------------------------- 4 Optimizer
 
-WARMUP = 50                                            # steps to the peak learning rate; a cosine to 0 follows
+WARMUP = 50                                            # steps to the learning rate, which stays: the mean of the weights does what a decay would
+HORIZON = 0.1                                          # share of the steps so far that the mean of the weights reaches back over
 CLIP = 10.0                                            # gradient norm above which a step is scaled down
 
 
@@ -559,7 +586,7 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    return cfg.lr * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+    return cfg.lr * min(1, (step + 1) / WARMUP)
 
 
 # ---------------------------------------------------------------------------------------------------------- 5 Training
@@ -586,7 +613,7 @@ def state_of(model, optimizers) -> dict[str, Tensor]:
 
 
 def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """One step: forward, loss, backward, clip, optimizers. Returns 0-d tensors; the method's own parts wait for nothing.
+    """One step: forward, loss, backward, clip, optimizers, mean of the weights. Returns 0-d tensors; the method's own parts wait for nothing.
 
     A step whose loss or gradient norm is not finite changes nothing.
     """
@@ -603,6 +630,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)                              # as it was before clipping
         for optimizer in optimizers:
             optimizer.step()
+        model.average(step)
         finite = loss.isfinite() & grad_norm.isfinite()
         if finite.is_cuda or not finite:                               # to ask a GPU would be to wait for it
             for name, value in state_of(model, optimizers).items():
@@ -773,7 +801,7 @@ class RunLog:
     def code_indices(self, model) -> tuple[Tensor, Tensor]:
         """Codes (n, n_codes) of every object of the validation grids, and which distinct object (n,) it is."""
         kind = self.objects.kind[self.objects.grid < len(self.objects.first)]
-        return model.encoder.code.indices(model.encoder.objects(self.objects))[kind].cpu(), kind.cpu()
+        return model.indices(self.objects)[kind].cpu(), kind.cpu()
 
     @torch.no_grad()
     def finish(self, model, untrained, steps: int) -> dict:
@@ -879,9 +907,6 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     log = (folder / "log.jsonl").read_bytes()[:found["state"]["log_bytes"]]
     if hashlib.sha256(log).hexdigest() != found["state"]["log_sha256"]:
         raise ValueError(f"{folder / 'log.jsonl'} is not what step {found['step']} was logged into; put it back, or train in another --run folder")
-    if found["config"]["steps"] != cfg.steps:
-        print(f"--steps {cfg.steps} instead of {found['config']['steps']}: the learning rate takes another course from here, "
-              "so the run no longer equals an uninterrupted one bit for bit", file=sys.stderr)
     if found["commit"] != commit():
         print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is {commit() or 'unknown'}: "
               "where they differ, the run no longer equals an uninterrupted one", file=sys.stderr)

@@ -337,7 +337,7 @@ def test_everything_after_the_code_depends_on_symbols_alone(model, grids):
         moved = torch.where(same.any(0), drawn.gather(0, same.float().argmax(0)[None])[0], y)
         ys.append((y, moved))
         return moved
-    hook = model.encoder.objects.register_forward_hook(move)
+    hook = model.weights.encoder.objects.register_forward_hook(move)
     try:
         inside, predicted = model.embed(grids), model.predict(contexts)
     finally:
@@ -345,7 +345,7 @@ def test_everything_after_the_code_depends_on_symbols_alone(model, grids):
     for y, moved in ys:
         assert torch.equal(model.encoder.code.indices(y), model.encoder.code.indices(moved)) and float((y - moved).abs().mean()) > 0.05
     assert torch.equal(inside, z) and torch.equal(predicted, z_hat)
-    across = model.encoder.objects.register_forward_hook(lambda module, inputs, y: -y)
+    across = model.weights.encoder.objects.register_forward_hook(lambda module, inputs, y: -y)
     try:
         assert not torch.equal(model.embed(grids), z)  # another bin is another symbol
     finally:
@@ -585,7 +585,7 @@ def test_a_step_repeated_on_two_threads_gives_the_same_bits():
             model.zero_grad()
             torch.manual_seed(0)                       # the same dropout
             lejepa.losses(model, batch, 0, cfg)[0].backward()
-            grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+            grads = {name: p.grad.clone() for name, p in model.named_parameters() if not name.startswith("mean.")}
             first = first or grads
             assert not [name for name in grads if not torch.equal(grads[name], first[name])]
     finally:
@@ -601,6 +601,38 @@ def test_a_step_depends_on_seed_and_step_alone_not_on_what_was_drawn_before():
         metrics = lejepa.train_step(model, lejepa.make_optimizers(model, cfg), batch, 3, cfg)
         found.append([*(value.item() for value in metrics.values()), *(p.sum().item() for p in model.parameters())])
     assert found[0] == found[1]
+
+
+def test_the_mean_of_the_weights_is_weighted_towards_the_last_tenth_of_the_steps():
+    model, _ = make()
+    weight, seen = model.predictor.head[0].weight, []
+    for step in range(200):
+        with torch.no_grad():
+            weight.copy_(normal(*weight.shape, seed=step))
+        seen.append(weight.double().clone())
+        model.average(step)
+    share = np.array([math.prod(1 - 10 / (10 + later) for later in range(step + 1, 200)) * 10 / (10 + step) for step in range(200)])
+    assert share.sum() == pytest.approx(1) and share[-40:].sum() > 0.8 > share[-20:].sum() > 0.6
+    expected = sum(c * w for c, w in zip(share, seen))
+    assert torch.allclose(model.mean.predictor.head[0].weight.double(), expected, atol=1e-5)
+
+
+def test_evaluation_sees_the_mean_of_the_weights_and_training_the_weights():
+    model, cfg = make(dtype="fp32")
+    batch, grid = arc_data.TaskSet(synthetic_tasks(9)).batch(24, 0, 0), np.ones((2, 2), int)
+
+    def figures():
+        torch.manual_seed(0)
+        loss = float(lejepa.losses(model.train(), batch, 0, cfg)[0])
+        model.eval()
+        return loss, float(lejepa.losses(model, batch, 0, cfg)[0]), float(model.embed([grid])[0, 0]), float(model.predict([[grid] * 3])[0, 0])
+    before = figures()
+    for part, changes in ((model.mean, [False, True, True, True]), (model, [True, False, False, False])):
+        with torch.no_grad():
+            part.encoder.projector[-1].weight.add_(normal(*part.encoder.projector[-1].weight.shape, seed=1))
+        after = figures()
+        assert [a != b for a, b in zip(after, before)] == changes
+        before = after
 
 
 # ------------------------------------------------------------------------------------------------ variants
