@@ -8,7 +8,8 @@ once, by gradients into both:
 
 SIGReg tests a batch against N(0, I). SIGReg(z), the mean over the roles input and output, at one frequency, spreads embeddings over
 their sphere, so that nothing collapses. SIGReg(y), on the published grid of frequencies, makes the numbers behind the codes Gaussian,
-so that their quantiles, the codes, are equally likely. There is no teacher, stop-gradient, queue, schedule of weights or codebook.
+so that their quantiles, the codes, are equally likely. There is no teacher, stop-gradient, queue, schedule or codebook.
+The learning rate is constant; what is evaluated is the mean of the weights over the last steps, which the loss never sees.
 
     B windows in a batch   G grids   U distinct objects   R rows of L token slots   W width   D embedding width
     V views   N samples of a view   M directions   T frequencies: 16, for the grid's first one adds nothing, or 1
