@@ -368,7 +368,7 @@ def test_each_alert_trips_and_clears_where_it_should(key, values, at):
     assert again.feed(rows[at[0] + 1]) == lines[at[0] + 1]
 
 
-def recorded(run="default-t2-seed0"):
+def recorded(run="default-mean-seed0"):
     """What report.verdicts judges, from the records of a run: log, result, lam, health, figures."""
     read = lambda name: (ROOT / "runs" / run / name).read_text()
     log = [json.loads(line) for line in read("log.jsonl").splitlines()]
