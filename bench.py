@@ -27,7 +27,7 @@ from arc_data import Batch, Grids, TaskSet
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-BATCHES = 4                                            # that the cases of the step's table take in turn
+BATCHES = 4                                            # that a case takes in turn
 PER_WAIT = 10 if torch.cuda.is_available() else 1      # calls of a case between two waits for the device: a run does not wait at each step
 
 
@@ -155,7 +155,7 @@ def sigreg_table(args, device, allocator: str, compiled: bool) -> Table:
 
 
 def prepare(size: str, dtype: str, windows: int, device: str, compiled: bool = False):
-    cfg = lejepa.Config(size=size, dtype=dtype, batch_size=windows, steps=10 ** 6, lr=1e-3, device=device, compile=compiled)
+    cfg = lejepa.Config(size=size, dtype=dtype, batch_size=windows, lr=1e-3, device=device, compile=compiled)
     model = lejepa.build(cfg).to(device).train()
     if compiled and not lejepa.compile_parts(model):
         return None
@@ -290,7 +290,7 @@ def naive_table(args, data: TaskSet, device: str, before: Times) -> Table:
     table = Table(f"From the naive step to ours, small, {args.naive_windows} windows", ["step", "ms", "windows/s", "gain of this change", "times as fast as naive"])
     cases = naive_cases(args, data, device)
     if args.compile and (setting := prepare("small", "bf16", args.naive_windows, device, True)):
-        cases["+ torch.compile"] = step_case(setting, lambda step: data.batch(args.naive_windows, 0, step % 4))
+        cases["+ torch.compile"] = step_case(setting, lambda step: data.batch(args.naive_windows, 0, step % BATCHES))
     names = list(cases)
     times = take_turns(cases, args.rounds)
     blocks = Times([statistics.median(times[names[0]])] * len(before))

@@ -8,14 +8,14 @@ once, by gradients into both:
 
 SIGReg tests a batch against N(0, I). SIGReg(z), the mean over the roles input and output, at one frequency, spreads embeddings over
 their sphere, so that nothing collapses. SIGReg(y), on the published grid of frequencies, makes the numbers behind the codes Gaussian,
-so that their quantiles, the codes, are equally likely. There is no teacher, stop-gradient, queue, schedule or codebook.
-The learning rate is constant; what is evaluated is the mean of the weights over the last steps, which the loss never sees.
+so that their quantiles, the codes, are equally likely. There is no teacher, stop-gradient, queue, schedule of weights or codebook.
+After a short warm-up the learning rate stays; what is evaluated is the mean of the weights over the last steps, which no loss sees.
 
     B windows in a batch   G grids   U distinct objects   R rows of L token slots   W width   D embedding width
     V views   N samples of a view   M directions   T frequencies: 16, for the grid's first one adds nothing, or 1
 
     python lejepa.py                              the default run: trains, evaluates on unseen tasks, leaves runs/<name>/
-    python lejepa.py --run runs/NAME --resume     goes on with a run that was interrupted
+    python lejepa.py --run runs/NAME --resume     with the same flags: goes on with a run that was interrupted; with more --steps, also with a finished one
     python lejepa.py --profile                    the training step under the profiler
 
 The default run takes about six minutes on two CPU cores. Among the outputs of 400 unseen tasks, the context's own left out, it
@@ -464,19 +464,25 @@ class Predictor(nn.Module):
         return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()
 
 
-def checked(grids) -> list[np.ndarray]:
-    """The grids as arrays. ValueError names the first that is no grid."""
-    grids = [np.asarray(grid) for grid in grids]
+def checked(grids, name="grid {}".format) -> list[np.ndarray]:
+    """The grids as arrays. ValueError names the first that is no grid, by name(its place)."""
+    arrays = []
     for i, grid in enumerate(grids):
-        if grid.dtype.kind not in "iu" or grid.ndim != 2 or not 1 <= min(grid.shape) <= max(grid.shape) <= SIDE or not 0 <= grid.min() <= grid.max() <= 9:
-            raise ValueError(f"grid {i}, {grid.dtype} of shape {grid.shape}, is not 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
-    return grids
+        try:
+            array = np.asarray(grid)
+        except ValueError:                             # rows of different lengths
+            array = np.asarray(grid, dtype=object)
+        if array.dtype.kind not in "iu" or array.ndim != 2 or not 1 <= min(array.shape) <= max(array.shape) <= SIDE or not 0 <= array.min() <= array.max() <= 9:
+            raise ValueError(f"{name(i)}, {array.dtype} of shape {array.shape}, is not 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
+        arrays.append(array)
+    return arrays
 
 
 class LeJEPA(nn.Module):
     """Encoder and predictor. In training: forward. Frozen: embed, codes and predict, on lists of grids, in fp32.
 
-    In evaluation the weights are the mean of those of the last steps, as BatchNorm's statistics are. The loss never sees the mean.
+    In evaluation `mean` takes the place of encoder and predictor: the running mean of their weights, as BatchNorm has one of its
+    statistics. The training loss never sees it.
     """
 
     CHUNK = 512                                        # grids encoded, and windows predicted, at a time
@@ -496,13 +502,17 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def average(self, step: int):
-        """Moves the mean towards the weights after `step`, all the way after step 0; it reaches back over about the last tenth of all steps.
+        """Moves the mean towards the weights after `step`, all the way after step 0; two thirds of it are of the last tenth of the steps.
 
-        Source: polynomial-decay averaging, arXiv:1212.1824.
+        Source: polynomial-decay averaging, arXiv:1212.1824, with eta = 9; here buffers (BatchNorm's, a codebook) are averaged too.
         """
+        share = 1 / (1 + HORIZON * step)
         for part in ("encoder", "predictor"):
             for mean, now in zip(getattr(self.mean, part).state_dict().values(), getattr(self, part).state_dict().values()):
-                mean.lerp_(now, 1 / (1 + HORIZON * step)) if mean.is_floating_point() else mean.copy_(now)
+                if mean.is_floating_point():
+                    mean.lerp_(now, share)
+                else:
+                    mean.copy_(now)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
@@ -522,19 +532,19 @@ class LeJEPA(nn.Module):
     def device(self):
         return self.predictor.role.device
 
-    def _chunks(self, grids):
-        table = TokenTable(checked(grids), self.device, turned=False) if len(grids) else None
+    def _chunks(self, grids: list[np.ndarray]):
+        table = TokenTable(grids, self.device, turned=False) if grids else None
         for first in range(0, len(grids), self.CHUNK):
             yield table.gather(np.arange(first, min(first + self.CHUNK, len(grids))))
 
-    def _encode(self, grids) -> Tensor:
+    def _encode(self, grids: list[np.ndarray]) -> Tensor:
         nothing = torch.empty(0, self.predictor.token.in_features, device=self.device)
         return torch.cat([nothing, *(self.weights.encoder(chunk)[0] for chunk in self._chunks(grids))])
 
     @torch.no_grad()
     def embed(self, grids: list) -> Tensor:
         """z (len(grids), D) of 2-D integer arrays or nested lists."""
-        return self.objective.readout(self._encode(grids))
+        return self.objective.readout(self._encode(checked(grids)))
 
     def indices(self, grids: Grids) -> Tensor:
         """(U, n_codes) int64: the codes of the distinct objects."""
@@ -545,7 +555,7 @@ class LeJEPA(nn.Module):
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
         """For each grid codes (n, n_codes) int64 and boxes (n, 4) int64: top, left, height, width; item 0 is the whole grid."""
         found = []
-        for chunk in self._chunks(grids):
+        for chunk in self._chunks(checked(grids)):
             codes = self.indices(chunk)[chunk.kind].flatten(0, 1).cpu()
             boxes = chunk.box.flatten(0, 1).cpu()
             for first, count in zip(chunk.first.tolist(), chunk.count.tolist()):
@@ -555,11 +565,12 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def predict(self, contexts: list) -> Tensor:
         """z_hat (len(contexts), D) of (in1, out1, in2) triples. Each distinct grid is encoded once."""
+        contexts, roles = list(contexts), ("in1", "out1", "in2")
         for i, context in enumerate(contexts):
             if len(context) != 3:
-                raise ValueError(f"context {i} has {len(context)} grids; it takes three: in1, out1, in2")
+                raise ValueError(f"context {i} has {len(context)} grids; it takes three: {', '.join(roles)}")
         place, grids, index = {}, [], []
-        for grid in checked([grid for context in contexts for grid in context]):
+        for grid in checked((grid for context in contexts for grid in context), lambda i: f"context {i // 3}, {roles[i % 3]}"):
             index.append(place.setdefault((grid.shape, grid.tobytes()), len(grids)))
             if index[-1] == len(grids):
                 grids.append(grid)
@@ -572,7 +583,7 @@ class LeJEPA(nn.Module):
 # --------------------------------------------------------------------------------------------------------- 4 Optimizer
 
 WARMUP = 50                                            # steps to the learning rate, which stays: the mean of the weights does what a decay would
-HORIZON = 0.1                                          # share of the steps so far that the mean of the weights reaches back over
+HORIZON = 0.1                                          # share of the steps so far over which the weights are averaged
 CLIP = 10.0                                            # gradient norm above which a step is scaled down
 
 
@@ -655,7 +666,7 @@ def compile_parts(model) -> bool:
 
 
 def eagerly(cfg: Config):
-    """Inside it nothing compiles: evaluation has sizes that training never sees."""
+    """Inside it nothing that is compiled runs: for other sizes than training has, and for counting operations."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
 
 
@@ -673,9 +684,7 @@ def train(model, optimizers, data: TaskSet, log: "RunLog", cfg: Config, start: i
         if due or stop:
             values = log.read(metrics)                 # the only line that waits for the device
         if due:
-            with eagerly(cfg):
-                figures = log.look(done, model) if look else {}
-            log.write(done, values, figures)
+            log.write(done, values, log.look(done, model) if look else {})
             stop = stop or log.stop                    # an alert has just tripped
         if look or stop:
             save(Path(cfg.run), model, optimizers, done, cfg, log.state())
@@ -699,7 +708,10 @@ def look_every(cfg: Config) -> int:
 
 
 class RunLog:
-    """The record of a run: one line for the eye, the same in log.jsonl and TensorBoard, figures on unseen tasks, result.json."""
+    """The record of a run: one line for the eye, the same in log.jsonl and TensorBoard, figures on unseen tasks, result.json.
+
+    A step's terms are those of the weights in training; all figures on tasks, and validation_loss, of their mean.
+    """
 
     def __init__(self, cfg: Config, tasks: dict, held_out: dict, windows: int, start: int, state: dict | None, begin: float):
         from torch.utils.tensorboard import SummaryWriter              # slow to import, and only a run needs it
@@ -797,7 +809,8 @@ class RunLog:
     def validation_loss(self, model) -> Tensor:
         """Mean training loss of four fixed batches of unseen tasks."""
         batches = [self.held_out.batch(self.cfg.batch_size, 0, i) for i in range(4)]
-        return torch.stack([losses(model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]).mean()
+        with eagerly(self.cfg):
+            return torch.stack([losses(model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]).mean()
 
     def code_indices(self, model) -> tuple[Tensor, Tensor]:
         """Codes (n, n_codes) of every object of the validation grids, and which distinct object (n,) it is."""
@@ -908,6 +921,8 @@ def resume(model, optimizers, cfg: Config) -> tuple[int, dict]:
     log = (folder / "log.jsonl").read_bytes()[:found["state"]["log_bytes"]]
     if hashlib.sha256(log).hexdigest() != found["state"]["log_sha256"]:
         raise ValueError(f"{folder / 'log.jsonl'} is not what step {found['step']} was logged into; put it back, or train in another --run folder")
+    if found["config"]["steps"] != cfg.steps:
+        print(f"--steps {cfg.steps}, where the run was made with {found['config']['steps']}: it goes on from step {found['step']} to there", file=sys.stderr)
     if found["commit"] != commit():
         print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is {commit() or 'unknown'}: "
               "where they differ, the run no longer equals an uninterrupted one", file=sys.stderr)
@@ -923,7 +938,7 @@ def fill(own: dict[str, Tensor], tensors: dict[str, Tensor]):
     for name in sorted(own.keys() | tensors.keys()):
         given, needed = (f"{value.dtype} {tuple(value.shape)}" if value is not None else "not there" for value in (tensors.get(name), own.get(name)))
         if given != needed:
-            raise ValueError(f"the checkpoint does not fit this version of the model: {name} is {given}, here it is {needed}")
+            raise ValueError(f"the checkpoint does not fit this model: {name} is {given}, here it is {needed}")
     for name, value in tensors.items():
         own[name].copy_(value)
 
@@ -936,9 +951,9 @@ def load_run(path) -> tuple["LeJEPA", Config]:
     try:
         cfg = Config(**found["config"])
         model = build(cfg)
-    except (TypeError, KeyError) as error:
+        fill(state_of(model, []), {name: value for name, value in tensors.items() if name.startswith("model.")})
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: made by another version of lejepa.py: {error}") from None
-    fill(state_of(model, []), {name: value for name, value in tensors.items() if name.startswith("model.")})
     return model.eval().requires_grad_(False), cfg
 
 
@@ -1118,14 +1133,14 @@ def refuse_used(cfg: Config, folder: Path):
 
 
 def write_config(cfg: Config, compiled: bool):
-    """config.json: every flag, what came of --compile, and the machine; of a resumed run, the flags that may have changed."""
+    """config.json: every flag, what came of --compile, and the machine; of a resumed run, what may have changed."""
     path = Path(cfg.run) / "config.json"
     record = SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
     record |= {"compiled": compiled, "command": " ".join(["python", *sys.argv]), "commit": commit(), "device_name": describe_device(cfg.device),
                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if cfg.resume and path.exists():
         try:
-            record = json.loads(path.read_bytes()) | {name: getattr(cfg, name) for name in FREE_TO_CHANGE if name != "resume"}
+            record = json.loads(path.read_bytes()) | {name: getattr(cfg, name) for name in FREE_TO_CHANGE if name != "resume"} | {"compiled": compiled}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not the JSON object it was written as ({error}); put it back or remove it") from None
     report.write_whole(path, json.dumps(record, indent=1).encode())
@@ -1272,8 +1287,7 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
             steps = train(model, optimizers, data, log, cfg, start)
             log.trained = True
             if not log.stop:
-                with eagerly(cfg):
-                    log.finish(model, build(cfg).to(cfg.device).eval(), steps)
+                log.finish(model, build(cfg).to(cfg.device).eval(), steps)
         finally:
             log.close()
     except KeyboardInterrupt:

@@ -235,7 +235,7 @@ def plot_map(folder: Path, x: np.ndarray, kinds: np.ndarray, names: list[str], w
     return _save(figure, folder, "map.png", f"Pairs of unseen tasks on two axes, coloured by {what}")
 
 
-CURVES = (("figures of unseen tasks", ("ndcg10_without_out1", "within_task")), ("loss of a step", ("loss",)), ("loss on unseen tasks", ("validation_loss",)),
+CURVES = (("figures of unseen tasks", ("ndcg10_without_out1", "within_task")), ("loss of a step", ("loss",)), ("loss on unseen tasks (mean weights)", ("validation_loss",)),
           ("gradient norm", ("grad_norm",)), ("effective rank", ("effective_rank_context", "effective_rank_target")), ("share of codes", ("codes_usage", "codes_perplexity")))
 
 
@@ -272,7 +272,7 @@ ALERTS = {  # what the recorded runs were to be stopped for: figure, when it is 
     f"no better nDCG@10 without out1 in {STALL} looks": ("ndcg10_without_out1", lambda v: len(v) > STALL and max(v[-STALL:]) <= max(v[:-STALL]), max)}
 ALERT_STATUS = 3  # exit status of a run that --stop-on-alert ended
 HYPER_PARAMETERS = ("lam", "learning rate", "weight decay", "batch size", "steps", "dropout", "objects a grid", "levels of the code",
-                    "share of tasks run backwards")  # every constant but sizes that other data might need changed
+                    "reach of the mean of the weights")  # every constant but sizes that other data might need changed
 
 
 class Alerts:

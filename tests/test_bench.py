@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def setting(windows=30, dtype="fp32"):
-    cfg = lejepa.Config(size="small", dtype=dtype, batch_size=windows, steps=100, lr=2e-3, device="cpu", compile=False)
+    cfg = lejepa.Config(size="small", dtype=dtype, batch_size=windows, lr=2e-3, device="cpu", compile=False)
     model = lejepa.build(cfg).train()
     return cfg, model, lejepa.make_optimizers(model, cfg)
 

@@ -1,5 +1,6 @@
 """Claims of lejepa.py: the objective against closed forms and numpy, the code, the encoder and the variants."""
 import ast
+import copy
 import inspect
 import math
 import re
@@ -273,6 +274,7 @@ def make(**flags):
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     with torch.no_grad():
         model(arc_data.TaskSet(synthetic_tasks(20)).batch(48, 0, 0))
+        model.average(0)
     return model.eval().requires_grad_(False), cfg
 
 
@@ -603,36 +605,45 @@ def test_a_step_depends_on_seed_and_step_alone_not_on_what_was_drawn_before():
     assert found[0] == found[1]
 
 
-def test_the_mean_of_the_weights_is_weighted_towards_the_last_tenth_of_the_steps():
-    model, _ = make()
-    weight, seen = model.predictor.head[0].weight, []
+@pytest.mark.parametrize("code", ["gaussian", "ema"])
+def test_the_mean_of_the_weights_is_weighted_towards_the_last_tenth_of_the_steps(code):
+    model, _ = make(code=code)
+    names = ["predictor.head.0.weight", "encoder.projector.1.running_mean"] + ["encoder.code.vectors"] * (code == "ema")
+    state, seen = model.state_dict(), {name: [] for name in names}
     for step in range(200):
-        with torch.no_grad():
-            weight.copy_(normal(*weight.shape, seed=step))
-        seen.append(weight.double().clone())
+        for i, name in enumerate(names):
+            state[name].copy_(normal(*state[name].shape, seed=3 * step + i))
+            seen[name].append(state[name].double())
+        state["encoder.projector.1.num_batches_tracked"].fill_(step)
         model.average(step)
     share = np.array([math.prod(1 - 10 / (10 + later) for later in range(step + 1, 200)) * 10 / (10 + step) for step in range(200)])
-    assert share.sum() == pytest.approx(1) and share[-40:].sum() > 0.8 > share[-20:].sum() > 0.6
-    expected = sum(c * w for c, w in zip(share, seen))
-    assert torch.allclose(model.mean.predictor.head[0].weight.double(), expected, atol=1e-5)
+    assert share.sum() == pytest.approx(1) and share[-20:].sum() == pytest.approx(2 / 3, abs=0.05)
+    for name in names:
+        assert torch.allclose(state["mean." + name].double(), sum(c * w for c, w in zip(share, seen[name])), atol=1e-5), name
+    assert int(state["mean.encoder.projector.1.num_batches_tracked"]) == 199
 
 
-def test_evaluation_sees_the_mean_of_the_weights_and_training_the_weights():
-    model, cfg = make(dtype="fp32")
-    batch, grid = arc_data.TaskSet(synthetic_tasks(9)).batch(24, 0, 0), np.ones((2, 2), int)
+@pytest.mark.parametrize("code", ["gaussian", "ema"])
+def test_evaluation_sees_the_mean_of_the_weights_and_training_the_weights(code):
+    model, cfg = make(dtype="fp32", code=code)
+    data, grid = arc_data.TaskSet(synthetic_tasks(9)), np.array([[1, 0, 0], [0, 0, 2]])
+    batch, saved = data.batch(24, 0, 0), copy.deepcopy(model.state_dict())
 
     def figures():
         torch.manual_seed(0)
-        loss = float(lejepa.losses(model.train(), batch, 0, cfg)[0])
-        model.eval()
-        return loss, float(lejepa.losses(model, batch, 0, cfg)[0]), float(model.embed([grid])[0, 0]), float(model.predict([[grid] * 3])[0, 0])
-    before = figures()
-    for part, changes in ((model.mean, [False, True, True, True]), (model, [True, False, False, False])):
-        with torch.no_grad():
-            part.encoder.projector[-1].weight.add_(normal(*part.encoder.projector[-1].weight.shape, seed=1))
-        after = figures()
-        assert [a != b for a, b in zip(after, before)] == changes
-        before = after
+        training = lejepa.losses(model.train(), batch, 0, cfg)[1]
+        model.load_state_dict({name: value for name, value in saved.items() if name not in changed}, strict=False)    # a codebook follows
+        unseen = lejepa.losses(model.eval(), batch, 0, cfg)[1]
+        return [terms[name].item() for terms in (training, unseen) for name in ("prediction", "sigreg_codes")] + [
+            float(model.embed([grid]).sum()), float(model.predict([[grid] * 3]).sum()), model.codes([grid])[0][0].tolist()]
+    changed = set()
+    first = figures()
+    for part, differ in (("mean.", [False, False, True, True, True, True, True]), ("", [True, True, False, False, False, False, False])):
+        model.load_state_dict(saved)
+        changed = {part + "encoder.objects.mlp.3.weight"} | {part + "encoder.code.vectors"} & saved.keys()
+        for name in changed:
+            model.state_dict()[name].add_(normal(*saved[name].shape, seed=1))
+        assert [a != b for a, b in zip(figures(), first)] == differ, part
 
 
 # ------------------------------------------------------------------------------------------------ variants
@@ -701,7 +712,7 @@ def test_no_code_passes_y_on_as_it_is():
     assert code(y) is y and code.indices(y).shape == (9, 0) and float(code.penalty(y, None)) == 0
 
 
-@pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int), np.full((2, 2), 0.7)])
+@pytest.mark.parametrize("grid", [np.full((2, 2), 10), np.full((2, 2), -1), np.zeros((31, 1), int), np.zeros(4, int), np.zeros((0, 3), int), np.full((2, 2), 0.7), [[1, 2], [3]]])
 def test_embed_refuses_what_is_no_grid(grid):
     model, _ = make()
     with pytest.raises(ValueError, match="grid 1,"):
@@ -713,6 +724,7 @@ def test_grids_may_be_nested_lists_and_none_at_all():
     rows = [[0, 1], [2, 3]]
     assert torch.equal(model.embed([rows]), model.embed([np.array(rows)]))
     assert torch.equal(model.predict([(rows, rows, rows)]), model.predict([(np.array(rows),) * 3]))
+    assert torch.equal(model.predict(zip([rows], [rows], [rows])), model.predict([[rows] * 3])) and torch.equal(model.embed(iter([rows])), model.embed([rows]))
     assert model.embed([]).shape == model.predict([]).shape == (0, lejepa.SIZES[cfg.size].dim) and model.codes([]) == []
 
 
@@ -722,7 +734,7 @@ def test_predict_refuses_what_is_no_triple_and_names_a_bad_grid_by_its_place(cou
     grid = np.ones((2, 2), int)
     with pytest.raises(ValueError, match="context 1 has"):
         model.predict([[grid] * 3, [grid] * count])
-    with pytest.raises(ValueError, match="grid 4,"):
+    with pytest.raises(ValueError, match="context 1, out1,"):
         model.predict([[grid] * 3, [grid, grid + 9, grid]])
 
 

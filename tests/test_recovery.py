@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_commit_is_said_to_be_one(go, tmp_path):
 @pytest.mark.whole
 def test_a_finished_run_goes_on_to_more_steps_as_if_they_had_been_asked_for_at_once(go, small_model, tmp_path):
     go(tmp_path / "run")
-    go(tmp_path / "run", "--resume", steps=STEPS + 3)
+    assert f"--steps {STEPS + 3}, where the run was made with {STEPS}: it goes on from step {STEPS} to there" in go(tmp_path / "run", "--resume", steps=STEPS + 3)
     go(tmp_path / "long", steps=STEPS + 3)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == STEPS + 3 == read_result(tmp_path / "run")["steps"]
     assert lejepa.load_run(tmp_path / "run")[1].steps == STEPS + 3
