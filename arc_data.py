@@ -347,7 +347,7 @@ class Grids(NamedTuple):
     bits: Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct objects
     colour: Tensor         # (U,)       int64
     whole: Tensor          # (U,)       bool: a whole grid, not an object
-    kind: Tensor           # (R, L)     int64: which distinct object
+    object_id: Tensor      # (R, L)     int64: which distinct object
     box: Tensor            # (R, L, 4)  int64
     grid: Tensor           # (R, L)     int64
     first: Tensor          # (G,)       flat slot of each grid's whole-grid token
@@ -391,7 +391,7 @@ class TokenTable:
         self.bitmaps = torch.from_numpy(rows[first]).to(device)
         self.box = torch.from_numpy(tokens.box.astype(np.int64)).to(device)
 
-    def gather(self, chosen, symmetry=None, colours=None) -> Grids:
+    def pack_grids(self, chosen, symmetry=None, colours=None) -> Grids:
         """Grids by position in the table. symmetry (G,) 0-7 and colours (G, 10), if given, are applied to each."""
         counts = self.start[chosen + 1] - self.start[chosen]
         slot, rows = pack(counts)
@@ -401,19 +401,19 @@ class TokenTable:
         shape, colour = self.shape[source], self.colour[source]
         shape = self.turned[0 if symmetry is None else symmetry[owner], shape]
         colour = colour if colours is None else colours[owner, colour]
-        names, kind = np.unique((shape * 10 + colour) * 2 + (inside == 0), return_inverse=True)
+        names, object_id = np.unique((shape * 10 + colour) * 2 + (inside == 0), return_inverse=True)
         slots = np.zeros((3, rows * SLOTS), dtype=np.int64)
         slots[2] = len(chosen)
-        slots[:, slot[owner] + inside] = kind, source, owner
+        slots[:, slot[owner] + inside] = object_id, source, owner
         move = lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device, non_blocking=True)
-        kind, source, grid = move(slots)
+        object_id, source, grid = move(slots)
         first, counts, names = move(slot), move(counts), move(names)
         box = self.box[source]
         if symmetry is not None:
             row = grid.clamp(max=len(chosen) - 1)                                          # an empty slot may take any
             box = _turn_boxes(box, box[first][row], move(symmetry)[row]).masked_fill((grid == len(chosen))[:, None], 0)
         fold = lambda x: x.view(rows, SLOTS, *x.shape[1:])
-        return Grids(self.bitmaps[names // 20], names // 2 % 10, names % 2 == 1, fold(kind), fold(box), fold(grid), first, counts)
+        return Grids(self.bitmaps[names // 20], names // 2 % 10, names % 2 == 1, fold(object_id), fold(box), fold(grid), first, counts)
 
 
 def _turn_shapes(bits, extent, symmetry):
@@ -439,7 +439,7 @@ def _turn_boxes(box, whole, symmetry):
 class Batch(NamedTuple):
     grids: Grids           # the distinct grids: G = T * 2 P, ordered task, pair, side
     index: Tensor          # (W, 4) in1, out1, in2, out2 of each window
-    objects: Tensor        # at most G of the U distinct objects, drawn at random
+    object_sample: Tensor  # at most G of the U distinct objects, drawn at random
 
 
 class TaskSet:
@@ -484,9 +484,9 @@ class TaskSet:
         if self.augment:
             back = (random.random(count) < EXCHANGED)[index[:, 0] // each]
             index[back] = index[back][:, [1, 0, 3, 2]]
-        gathered = self.table.gather(grids, symmetry, colours)
-        objects = random.permutation(len(gathered.colour))[:len(grids)]
-        return Batch(gathered, *(torch.from_numpy(x).to(self.table.device, non_blocking=True) for x in (index, objects)))
+        gathered = self.table.pack_grids(grids, symmetry, colours)
+        object_sample = random.permutation(len(gathered.colour))[:len(grids)]
+        return Batch(gathered, *(torch.from_numpy(x).to(self.table.device, non_blocking=True) for x in (index, object_sample)))
 
 
 # ---------------------------------------------------------------------------------------------- the command

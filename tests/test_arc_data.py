@@ -54,7 +54,7 @@ def objects_of(grids, g):
     """Tokens of grid g of a Grids, the whole grid first: (bitmap, colour, box)."""
     slots = torch.nonzero(grids.grid.flatten() == g).flatten()
     assert grids.first[g] == slots[0] and grids.count[g] == len(slots)
-    kind, box = grids.kind.flatten()[slots], grids.box.flatten(0, 1)[slots]
+    kind, box = grids.object_id.flatten()[slots], grids.box.flatten(0, 1)[slots]
     assert grids.whole[kind].tolist() == [True] + [False] * (len(slots) - 1)
     return [(grids.bits[k].numpy().tobytes(), int(grids.colour[k]), tuple(b)) for k, b in zip(kind.tolist(), box.tolist())]
 
@@ -390,8 +390,8 @@ def test_tokens_of_a_turned_and_recoloured_grid_are_the_tables_turned_and_recolo
     for symmetry in range(8):
         names = np.array([rng.permutation(10) for _ in clear])
         expected = [np.ascontiguousarray(arc_data.turn(row[grid], symmetry)) for row, grid in zip(names, clear)]
-        fresh = TokenTable(expected).gather(chosen)
-        turned = table.gather(chosen, np.full(len(clear), symmetry), names)
+        fresh = TokenTable(expected).pack_grids(chosen)
+        turned = table.pack_grids(chosen, np.full(len(clear), symmetry), names)
         for g, grid in enumerate(expected):
             one, other = objects_of(turned, g), objects_of(fresh, g)
             assert one[0] == other[0] and sorted(one) == sorted(other)
@@ -409,7 +409,7 @@ def test_gathering_draws_any_uncut_grid_under_any_change_though_backgrounds_tie(
     rng = np.random.default_rng(11)
     chosen, symmetry = rng.integers(0, len(grids), 60), rng.integers(0, 8, 60)
     colours = np.array([rng.permutation(10) for _ in chosen])
-    gathered = TokenTable(grids).gather(chosen, symmetry, colours)
+    gathered = TokenTable(grids).pack_grids(chosen, symmetry, colours)
     for g, (i, s, names) in enumerate(zip(chosen, symmetry, colours)):
         assert np.array_equal(draw(objects_of(gathered, g)), arc_data.turn(names[grids[i]], s))
 
@@ -427,7 +427,7 @@ def test_packing_loses_no_token_and_overfills_no_row():
 
 def test_empty_slots_belong_to_no_grid_and_objects_stand_once(noise):
     table = TokenTable(noise)
-    gathered = table.gather(np.arange(len(noise)).repeat(2))
+    gathered = table.pack_grids(np.arange(len(noise)).repeat(2))
     assert int((gathered.grid < 2 * len(noise)).sum()) == int(gathered.count.sum()) == 2 * table.start[-1]
     assert set(gathered.grid.flatten().tolist()) <= set(range(2 * len(noise) + 1))
     kinds = [(bits.numpy().tobytes(), int(colour), bool(whole)) for bits, colour, whole in zip(gathered.bits, gathered.colour, gathered.whole)]
@@ -524,8 +524,8 @@ def test_a_batch_holds_as_many_windows_as_were_asked_for(tmp_path):
 
 def test_random_objects_of_a_batch_are_distinct_objects_of_it(crowd):
     batch = TaskSet(crowd).batch(48, 0, 0)
-    assert len(set(batch.objects.tolist())) == len(batch.objects) <= len(batch.grids.first)
-    assert 0 <= int(batch.objects.min()) and int(batch.objects.max()) < len(batch.grids.colour)
+    assert len(set(batch.object_sample.tolist())) == len(batch.object_sample) <= len(batch.grids.first)
+    assert 0 <= int(batch.object_sample.min()) and int(batch.object_sample.max()) < len(batch.grids.colour)
 
 
 def test_a_task_set_counts_the_windows_of_its_tasks(arc):
