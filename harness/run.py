@@ -1,0 +1,461 @@
+"""One run from its flags to its exit status: folder, lock, log, evaluations, signals. `python lejepa.py`.
+
+    0 finished   1 full disk, no memory or a loss that is not finite   2 bad input   3 alert   130, 143 signal
+"""
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import typing
+from collections import deque
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+
+import arc_data
+import eval as evaluation
+import lejepa
+from arc_data import TaskSet, TokenTable, make_windows
+from harness import checkpoint, profiling, report
+from harness.checkpoint import write_file
+from lejepa import LOG_EVERY, SIGREG_NULL, Config, learning_rate
+
+NULL_STEPS = 100                               # training SIGReg is averaged over the last of these steps
+TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
+LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
+          "lam": (0, 1), "seed": (0, 2**31 - 1)}
+
+# --------------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser() -> Parser:
+    """A flag for each field of Config, with its type, choices and help text."""
+    about = "Train LeJEPA with discrete codes on ARC tasks and evaluate it on unseen tasks."
+    parser = Parser(prog="lejepa.py", description=about, allow_abbrev=False)
+    defaults = Config()
+    for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+        hint, text = typing.get_args(hint)
+        default = getattr(defaults, name)
+        kinds = [part for part in (hint, *typing.get_args(hint)) if part is not types.NoneType]
+        literal = [part for part in kinds if typing.get_origin(part) is typing.Literal]
+        choices = typing.get_args(literal[0]) if literal else None
+        kind = str if choices else kinds[-1]           # str of `str`, and of `str | None`
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if default is None else "store_true"
+            parser.add_argument(flag, action=action, default=default, help=text)
+        else:
+            text += "" if default is None else f" (default: {default})"
+            metavar = None if choices else kind.__name__.upper()
+            parser.add_argument(flag, type=kind, default=default, help=text, choices=choices, metavar=metavar)
+    return parser
+
+
+def parse_flags(argv: list[str] | None = None) -> Config:
+    """The Config of a command line. Exits with status 2 and one line for a flag that is wrong or ignored."""
+    parser = make_parser()
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for name, (low, high) in LIMITS.items():
+        value = getattr(cfg, name)
+        high_enough = math.inf if high is None else high
+        if value is not None and not (low <= value <= high_enough and value < math.inf):  # refuses nan too
+            needed = f"at least {low}" if high is None else f"{low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} {value}: needs {needed}")
+    if cfg.resume and cfg.run is None:
+        parser.error("--resume needs --run FOLDER, the run to continue")
+    if cfg.resume and cfg.profile:
+        parser.error("--resume would be ignored: --profile traces the first steps of a run; leave one out")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    if cfg.code == "none" and cfg.objective == "infonce" and cfg.lam != Config.lam:
+        parser.error(f"--lam {cfg.lam} would be ignored: --code none with --objective infonce has no SIGReg")
+    if cfg.code == "ema" and cfg.lam == 0:
+        parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
+    return lejepa.resolve_defaults(cfg)
+
+
+# -------------------------------------------------------------------------------------------------- folder
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, marked -dirty if a tracked file differs from it; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+    except OSError:
+        return ""
+
+
+def describe_device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
+    """Makes and locks the run's folder. A folder with other content is used with --resume or --profile only.
+
+    The system releases the lock when the process ends, however it ends. A default name in use gets a number.
+    """
+    if cfg.run is None:
+        cfg = dataclasses.replace(cfg, run=make_default_folder(cfg))
+    folder = Path(cfg.run)
+    if cfg.resume and not folder.is_dir():
+        raise ValueError(f"--resume: there is no folder {cfg.run}")
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_used(cfg, folder)
+    lock = filelock.FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"--run {cfg.run}: another run is active in this folder; wait for its end, "
+                         "or name another folder") from None
+    refuse_used(cfg, folder)                           # again: another run may have begun and ended meanwhile
+    return cfg, lock
+
+
+def make_default_folder(cfg: Config) -> str:
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.size}-{cfg.objective}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        with contextlib.suppress(FileExistsError):
+            Path(name + suffix).mkdir(parents=True)
+            return name + suffix
+    raise ValueError(f"{name} and 998 numbered names after it exist; name a folder with --run")
+
+
+def refuse_used(cfg: Config, folder: Path):
+    used = any(path.name != "lock" for path in folder.iterdir())
+    if used and not cfg.resume and not cfg.profile:
+        can_resume = any(folder.glob("*.safetensors"))
+        way_out = ("add --resume to continue it, or " if can_resume else "") + "name another folder"
+        raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
+
+
+def write_config(cfg: Config, compiled: bool):
+    """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""
+    path = Path(cfg.run) / "config.json"
+    record = lejepa.SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
+    record |= {"compiled": compiled, "command": " ".join(["python", *sys.argv]), "commit": commit(),
+               "device_name": describe_device(cfg.device), "python": platform.python_version(),
+               "torch": torch.__version__, "numpy": np.__version__}
+    if cfg.resume and path.exists():
+        changed = {name: getattr(cfg, name) for name in checkpoint.FREE_TO_CHANGE if name != "resume"}
+        record = checkpoint.read_json(path) | changed | {"compiled": compiled}
+    write_file(path, json.dumps(record, indent=1).encode())
+
+
+# ----------------------------------------------------------------------------------------------------- log
+
+
+def eval_interval(cfg: Config) -> int:
+    """Steps between two evaluations on unseen tasks, each with a checkpoint: 100, or a 20th of the run."""
+    return max(100, cfg.steps // 20)
+
+
+class RunLog:
+    """The record of a run: lines on the screen, in log.jsonl and TensorBoard; evaluations; checkpoints.
+
+    A step's terms belong to the trained weights; figures on tasks, and validation_loss, to the averaged ones.
+    """
+
+    def __init__(self, cfg: Config, model, optimizers, tasks, held_out, start: int, state: dict, begin):
+        from torch.utils.tensorboard import SummaryWriter      # slow to import, and only a run needs it
+        self.cfg, self.folder, self.model, self.optimizers = cfg, Path(cfg.run), model, optimizers
+        self.start, self.saved, self.begin = start, start, begin
+        self.signal, self.alerted, self.trained = None, False, False
+        self.held_out, self.unseen = held_out, make_windows(held_out)
+        complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
+        self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
+        self.digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+        self.validation = TaskSet(held_out, cfg.device, augment=False)
+        table = TokenTable(self.unseen.grids, cfg.device, turned=False)
+        self.objects = table.pack_grids(np.arange(len(self.unseen.grids)))
+        self.earlier = state["seconds"]
+        self.grad_sum = torch.tensor(state["grad_sum"], device=cfg.device)
+        self.grad_max = torch.tensor(state["grad_max"], device=cfg.device)
+        self.sigregs = deque(state["sigregs"], maxlen=NULL_STEPS)
+        self.windows, self.samples = state["windows"], state["samples"]
+        self.mark, self.evaluating = (self.windows, time.monotonic()), 0.0
+        self.first_bad = torch.zeros(1, device=cfg.device)  # the first step that is not finite, and its terms
+        self.alerts = report.Alerts(checkpoint.read_log(self.folder) if start else ())
+        self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
+        self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
+
+    def after_step(self, done: int, metrics: dict, batch) -> bool:
+        """Logs, evaluates and saves where it is due. True when the run is to end."""
+        self.count(done, metrics, batch)
+        evaluate = done % eval_interval(self.cfg) == 0 or done == self.cfg.steps
+        due = evaluate or done % LOG_EVERY == 0
+        if due or self.signal:
+            values = self.read(metrics)                # the only line that waits for the device
+            if due:
+                self.write(done, values, self.evaluate(done) if evaluate else {})
+            if evaluate or self.signal or self.alerted:
+                self.save(done)
+        return bool(self.signal or self.alerted)
+
+    def count(self, step: int, metrics: dict, batch):
+        """Adds up what the end reports and keeps the first step that is not finite. Waits for nothing."""
+        row = torch.stack([torch.full_like(metrics["loss"], step), *metrics.values()])
+        self.first_bad = torch.where((self.first_bad[0] > 0) | row.isfinite().all(), self.first_bad, row)
+        self.sigregs.append(metrics["sigreg_z"])
+        self.grad_sum = self.grad_sum + metrics["grad_norm"]
+        self.grad_max = torch.maximum(self.grad_max, metrics["grad_norm"])
+        self.windows += len(batch.index)
+        self.samples = len(batch.grids.first) // 2     # of a role, for SIGReg(z)
+
+    def read(self, metrics: dict) -> dict[str, float]:
+        """The terms of a step as numbers. Ends the run if they, or those of a step before, are not finite."""
+        step, *terms = self.first_bad.tolist()
+        if step:
+            terms = {name: f"{value:.4g}" for name, value in zip(metrics, terms)}
+            names = ("loss", "grad_norm", *terms)
+            bad = next(name for name in names if not math.isfinite(float(terms[name])))
+            others = ", ".join(f"{name} {value}" for name, value in terms.items() if name != bad)
+            last = f"the last good checkpoint is step {self.saved}"
+            raise SystemExit(f"{bad} is {terms[bad]} at step {step:.0f} ({others}); {last}")
+        return {name: float(value) for name, value in metrics.items()}
+
+    def write(self, step: int, values: dict, figures: dict):
+        """Writes one line for the eye and one for programs."""
+        windows, since = self.mark
+        rate = (self.windows - windows) / (time.monotonic() - since - self.evaluating)
+        self.mark, self.evaluating = (self.windows, time.monotonic()), 0.0
+        row = {"step": step, **values, "lr": learning_rate(self.cfg, step - 1), "samples_per_s": rate,
+               "seconds": self.seconds(), **figures}
+        self.lines.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, step)
+        left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
+        print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}"
+              f"  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.3f}"
+              f"  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
+              flush=True)
+        if figures:
+            shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+            print("      unseen tasks:", "  ".join(shown), flush=True)
+        for line in self.alerts.feed(row):
+            print(f"      {line}", flush=True)
+            if self.cfg.stop_on_alert and line.startswith("alert") and step < self.cfg.steps:
+                self.alerted = True
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict:
+        """Figures on a sample of the unseen tasks, and on some training tasks (prefixed train_)."""
+        begin, model = time.monotonic(), self.model.eval()
+        pool = model.embed([self.unseen.grids[i] for i in self.unseen.outputs]).cpu()
+        figures = evaluation.evaluate_sample(model, self.unseen, pool)
+        figures["validation_prediction"] = figures.pop("prediction")
+        seen = evaluation.evaluate_sample(model, self.seen)
+        figures |= {"train_" + name: seen[name] for name in ("ndcg10_without_out1", "within_task")}
+        figures["validation_loss"] = self.validation_loss()
+        is_filled = self.objects.grid < len(self.objects.first)
+        ids = self.objects.object_id[is_filled].cpu()          # (n,) of every object
+        codes = model.code_indices(self.objects).cpu()[ids]
+        figures |= evaluation.code_statistics(codes.numpy(), lejepa.CODE_SIZE, ids.numpy())
+        for position, column in enumerate(codes.T):
+            self.board.add_histogram(f"codes/{position}", column, step, bins=64)
+        image = report.neighbours_image(model, self.unseen, pool)
+        self.board.add_image("unseen windows", image, step, dataformats="HWC")
+        model.train()
+        self.evaluating += time.monotonic() - begin
+        return figures
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss of four fixed batches of unseen tasks."""
+        batches = [self.validation.batch(self.cfg.batch_size, 0, i) for i in range(4)]
+        with profiling.eager(self.cfg):
+            losses = [lejepa.batch_loss(self.model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]
+        return float(torch.stack(losses).mean())
+
+    def save(self, step: int):
+        """Writes a checkpoint. What is logged so far is on the disk before it."""
+        self.board.flush()
+        os.fsync(self.lines.fileno())
+        log = (self.folder / "log.jsonl").read_bytes()
+        state = {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(),
+                 "tasks_sha256": self.digest, "threads": torch.get_num_threads(), "windows": self.windows,
+                 "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
+                 "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
+        checkpoint.save(self.folder, self.model, self.optimizers, step, self.cfg, commit(), state)
+        self.saved = step
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.begin
+
+    def close(self):
+        self.board.close()
+        self.lines.close()
+
+    @torch.no_grad()
+    def finish(self, untrained, epoch: int, steps: int) -> dict:
+        """The full evaluation at the end of the run, as result.json, result.png and a block of lines."""
+        model = self.model.eval()
+        source = "dev" if self.cfg.validate == "dev" else self.cfg.validate or "the validation tasks"
+        result = evaluation.evaluate(model, untrained, self.held_out, source=source)
+        result = evaluation.result_figures(result)
+        rows = checkpoint.read_log(self.folder)
+        sigreg_z = float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL      # 0 without SIGReg(z)
+        result |= {"sigreg_over_null": sigreg_z or None, "sigreg_n": self.samples,
+                   "loss": self.validation_loss(), "steps": steps, "windows": self.windows,
+                   "epochs": self.windows / epoch,
+                   "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
+                   "seconds": self.seconds(),
+                   "samples_per_s": float(np.median([row["samples_per_s"] for row in rows])),
+                   "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                   "device": describe_device(self.cfg.device)}
+        write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        report.write_result_picture(self.folder, result, rows)
+        for name, value in result.items():
+            if not isinstance(value, dict):
+                print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        return result
+
+    def summary(self, result: dict) -> str:
+        """The closing lines: the result beside the best baseline, the picture, the next command."""
+        value, best = result["ndcg10_without_out1"], result["baseline_ndcg10_without_out1"]
+        return (f"\nnDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}\n"
+                f"picture: {self.folder / 'result.png'}\nfull report: python eval.py {self.folder}")
+
+
+# ----------------------------------------------------------------------------------------------------- run
+
+
+def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
+    """Everything else that can fail by what was given, before the first step. Errors say what."""
+    data = TaskSet(tasks, cfg.device)
+    model = lejepa.build(cfg).to(cfg.device)
+    optimizers = lejepa.make_optimizers(model, cfg)
+    start = 0
+    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0}
+    digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+    if cfg.resume:
+        start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
+    compiled = cfg.compile and profiling.compile_parts(model, data, cfg)
+    write_config(cfg, compiled)
+    if cfg.profile:
+        return data, model, optimizers, None, 0
+    log = RunLog(cfg, model, optimizers, tasks, held_out, start, state, begin)
+    if not start:
+        log.save(0)                                    # so that a run that is killed early can be resumed
+    return data, model, optimizers, log, start
+
+
+def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
+    cut = data.table.cut
+    return (f"run folder: {cfg.run}\n{len(tasks)} training tasks, {data.windows} windows; {len(leaks)} tasks "
+            f"left out, because they share a pair with a validation task; {len(held_out)} validation tasks\n"
+            f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects")
+
+
+def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
+    """Trains, evaluates and records. Returns the exit status."""
+    def end_after_step(number, frame):  # the step is finished and saved; a second signal ends at once
+        log.signal = signal.Signals(number)
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_DFL)
+        if log.trained:                                # during the evaluation there is nothing to save
+            raise KeyboardInterrupt
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, end_after_step)
+    way_out = f"the same command with --run {cfg.run} --resume"
+    try:
+        try:
+            steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
+            log.trained = True
+            if not log.signal and not log.alerted:
+                result = log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
+                print(log.summary(result), flush=True)
+        finally:
+            log.close()
+    except KeyboardInterrupt:
+        way_out += ", which evaluates again"
+    except OSError as error:                           # no room, or no permission
+        print(f"lejepa.py: {error}; the last good checkpoint is step {log.saved}; once that is mended, "
+              f"continue with {way_out}", file=sys.stderr)
+        return 1
+    if log.alerted:
+        print(f"stopped by an alert after step {log.saved}; to continue: {way_out}, without --stop-on-alert")
+        return report.ALERT_STATUS
+    if log.signal:
+        print(f"stopped by a signal after step {log.saved}; to continue: {way_out}")
+        return 128 + log.signal
+    return 0
+
+
+def keep_large_blocks():
+    """Makes glibc keep freed blocks, which the kernel would zero again at every step. No effect elsewhere."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
+    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take at most 32 MB
+
+
+def quiet_disk_errors(failed):
+    """Hides the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def main():
+    begin = time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_large_blocks()
+    threading.excepthook = quiet_disk_errors
+    cfg = parse_flags()
+    lock = None
+    try:
+        try:
+            tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
+            cfg, lock = open_folder(cfg)
+            data, model, optimizers, log, start = prepare(cfg, tasks, held_out, begin)
+        except (ValueError, OSError) as error:
+            print(f"lejepa.py: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(describe_data(cfg, tasks, held_out, leaks, data), flush=True)
+        if cfg.profile:
+            sys.exit(profiling.profile(model, optimizers, data, cfg))
+        sys.exit(run(cfg, data, model, optimizers, log, start))
+    except OSError as error:                           # a trace that finds no room
+        print(f"lejepa.py: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(f"lejepa.py: out of memory ({reason}); use a smaller --batch-size or --size", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:                          # before the first step
+        sys.exit(130)
+    finally:
+        if lock is not None:
+            lock.release()
