@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # without pyplot, so no back end is chosen for the process
+from matplotlib.patches import Patch
+from torch import Tensor
 
 import eval as evaluation
 from harness.checkpoint import write_file
@@ -19,21 +21,25 @@ RANKS = ("effective_rank_context", "effective_rank_target")
 CURVES = {"retrieval on unseen tasks": (METRIC, "within_task"), "loss of a step": ("loss",),
           "loss on unseen tasks, averaged weights": ("validation_loss",), "gradient norm": ("grad_norm",),
           "effective rank": RANKS, "use of the codes": ("codes_usage", "codes_perplexity", "codes_ceiling")}
-RECORDED = {  # the `production` run of arc-jepa-rl (2025-12; InfoNCE, VQ codebook, more than 20 hyper-parameters)
-    "step": (100, 1000, 3000, 5000, 7600), "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
-    "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336)}
-KINDS = {"model": "#2563eb", "trained": "#93c5fd", "untrained": "#fdba74", "features": "#cbd5e1"}  # colours of bars
+RECORDED = {  # the `production` run of arc-jepa-rl (2025-12): InfoNCE, VQ codebook, over 20 hyper-parameters
+    "step": (100, 1000, 3000, 5000, 7600), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336),
+    "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
+    "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34)}
+KINDS = {  # of rows in a bar chart, and their colours
+    "the model": "#2563eb", "trained embedding or codes, no predictor": "#93c5fd",
+    "untrained network": "#fdba74", "raw cells, features, chance": "#cbd5e1"}
 SERIES = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#ca8a04", "#0891b2", "#be123c", "#78716c")
 INK, MUTED, LINE = "#1e293b", "#64748b", "#cbd5e1"
 PALETTE = np.array([[0, 0, 0], [0, 116, 217], [255, 65, 54], [46, 204, 64], [255, 220, 0], [170, 170, 170],
                     [240, 18, 190], [255, 133, 27], [127, 219, 255], [135, 12, 37],  # the ten colours of ARC
                     [235, 235, 235], [196, 181, 253]], np.uint8)  # no cell; what is not background
 styled = matplotlib.rc_context({  # a decorator: the settings hold while the decorated function draws
-    "text.parse_math": False, "text.color": INK, "font.size": 8, "axes.titlesize": 9.5, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelcolor": MUTED, "axes.edgecolor": LINE, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "xtick.color": LINE,
+    "text.color": INK, "font.size": 8, "figure.titlesize": 9.5, "figure.titleweight": "bold",
+    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False, "xtick.color": LINE,
     "ytick.color": LINE, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "lines.linewidth": 1.4,
-    "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 7.5, "figure.constrained_layout.use": True})
+    "lines.markersize": 4, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "legend.frameon": False,
+    "legend.fontsize": 7.5, "figure.constrained_layout.use": True})
 
 
 def number(value) -> float | None:
@@ -56,15 +62,15 @@ def short(text, most: int = 20) -> str:
 # ------------------------------------------------------------------------------------------------ bars
 
 
-def row_kind(row: str) -> str:
-    if row.endswith(evaluation.LEARNED):
-        return "trained"
-    return next((kind for kind in ("model", "untrained") if row.endswith(kind)), "features")
+def row_colour(row: str) -> str:
+    model, trained, untrained, features = KINDS.values()
+    return model if row == "model" else trained if row.endswith(evaluation.LEARNED) else \
+        untrained if row.endswith("untrained") else features
 
 
 def best_baseline(entry: dict) -> str | None:
     """The highest row that learned nothing; None where there is none."""
-    rows = {row: value for row, value in entry["baselines"].items() if row_kind(row) != "trained"}
+    rows = {row: value for row, value in entry["baselines"].items() if not row.endswith(evaluation.LEARNED)}
     return max(rows, key=rows.get, default=None)
 
 
@@ -81,8 +87,8 @@ def draw_bars(axis, entry: dict):
     """The chosen rows with their values, and the model's 95 % interval. Model and best baseline are bold."""
     rows, best, model = chosen_rows(entry), best_baseline(entry), entry["model"]
     low, high = entry["interval"] or (model, model)
-    axis.barh(range(len(rows)), list(rows.values()), height=0.74, color=[KINDS[row_kind(row)] for row in rows])
-    error = [[max(model - low, 0)], [max(high - model, 0)]]  # by rounding, one task's interval can miss its mean
+    axis.barh(range(len(rows)), list(rows.values()), height=0.74, color=[row_colour(row) for row in rows])
+    error = [[max(model - low, 0)], [max(high - model, 0)]]  # rounding can move one task's interval
     axis.errorbar(model, list(rows).index("model"), xerr=error, color=INK, capsize=2.5, linewidth=1)
     axis.set_yticks(range(len(rows)), rows)
     for place, (row, value) in enumerate(rows.items()):
@@ -91,7 +97,8 @@ def draw_bars(axis, entry: dict):
         bold = "bold" if row in ("model", best) else "normal"
         axis.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontweight=bold)
         axis.get_yticklabels()[place].set_fontweight(bold)
-    axis.set(xlim=(0, max(*rows.values(), high, 1e-9) * 1.5), ylim=(len(rows) - 0.4, -0.6), xticks=[])
+    axis.set(xlim=(0, max(*rows.values(), high, 1e-9) * 1.75), ylim=(len(rows) - 0.4, -0.6), xticks=[])
+    axis.tick_params(length=0)
     axis.spines["bottom"].set_visible(False)
 
 
@@ -123,26 +130,28 @@ def plot_parts(path: Path, times: dict[str, float]):
 def panel(title: str, height: float = 2.9, **properties):
     """A figure of one chart, as wide as a phone shows it."""
     figure = Figure(figsize=(4.6, height))
+    figure.suptitle(title, x=0.01, ha="left")
     axis = figure.subplots()
-    axis.set(title=title, **properties)
+    axis.set(**properties)
     return figure, axis
 
 
-def png(figure: Figure, dpi: int = 200) -> bytes:
+def png(figure: Figure, dpi: int = 160) -> bytes:
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"compress_level": 9})
+    figure.savefig(drawn, format="png", dpi=dpi)
     return drawn.getvalue()
 
 
 def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float | None = None):
     """Figures over training: a colour a figure; of several runs, a colour a run and a line style a figure."""
     for i, log in enumerate(runs.values()):
-        for j, (key, line) in enumerate(zip(keys, ("-", "--", ":"))):
+        for j, key in enumerate(keys):
             if found := points(log, key):
-                colour = SERIES[(i if len(runs) > 1 else j) % len(SERIES)]
-                axis.plot(*zip(*found), line, color=colour, marker="o" if len(found) < 3 else "", label=key)
+                colour, line = (i, ("-", "--", ":")[j]) if len(runs) > 1 else (j, "-")
+                marker = "o" if len(found) < 3 else ""
+                axis.plot(*zip(*found), line, color=SERIES[colour % len(SERIES)], marker=marker, label=key)
     if baseline is not None:
-        axis.axhline(baseline, color=MUTED, linestyle=":", label="best baseline")
+        axis.axhline(baseline, color=MUTED, linestyle=":", label=f"best baseline, {keys[0]}")
     axis.set_xlabel("step")
     entries = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # one for each name
     axis.legend(entries.values(), entries)
@@ -161,28 +170,32 @@ def plot_training(runs: dict[str, list[dict]], baseline: float | None = None) ->
 
 @styled
 def write_result_picture(folder: Path, result: dict, log: list[dict]):
-    """result.png of a run: retrieval against the baselines, its course, and health beside the recorded run."""
+    """result.png of a run: retrieval against the baselines, its course, health beside a recorded run."""
     figure = Figure(figsize=(10, 6.4))
     (bars, curves), (ranks, usage) = figure.subplots(2, 2)
     baselines = {row: values[METRIC] for row, values in result["baselines"].items()}
-    draw_bars(bars, {"model": result[METRIC], "interval": result["intervals"][METRIC], "baselines": baselines})
-    bars.set_title(f"nDCG@10 without out1 on unseen tasks, {result['validation_windows']:,} windows")
+    interval = result["intervals"][METRIC]
+    draw_bars(bars, {"model": result[METRIC], "interval": interval, "baselines": baselines})
+    patches = [Patch(color=colour) for colour in KINDS.values()]
+    bars.legend(patches, KINDS, loc="upper center", bbox_to_anchor=(0.3, 0), ncols=2)
+    bars.set_title("nDCG@10 without out1 on unseen tasks")
     draw_curves(curves, {"": log}, (METRIC, f"train_{METRIC}"), result[f"baseline_{METRIC}"])
-    curves.set_title("retrieval during training, on unseen and on training tasks")
-    for axis, title, keys in ((ranks, "effective rank", RANKS), (usage, "share of codes in use", ("codes_usage",))):
+    curves.set_title("retrieval during training")
+    for axis, title, keys in ((ranks, "effective rank", RANKS), (usage, "codes in use", ("codes_usage",))):
+        draw_curves(axis, {"": log}, keys)
         end = max([step for key in keys for step, _ in points(log, key)], default=1)
         for key, colour in zip(keys, SERIES):
             steps = np.array(RECORDED["step"]) / RECORDED["step"][-1] * end
             axis.plot(steps, RECORDED[key], ":.", color=colour, label=f"{key}, arc-jepa-rl")
-        draw_curves(axis, {"": log}, keys)
-        axis.set_title(f"{title}; dotted: a recorded run, scaled to the same length")
-        axis.set_ylim(0, 1.05 if axis is usage else None)
+        axis.set(title=title, ylim=(0, 1.05 if axis is usage else None))
+        axis.set_xlabel("step; the recorded run of arc-jepa-rl is rescaled to the same length")
+        axis.legend()
     write_file(Path(folder) / "result.png", png(figure, 120))
 
 
-def plot_ranked(title: str, lines: dict[str, np.ndarray], **properties) -> Figure:
+def plot_ranked(title: str, lines: dict[str, np.ndarray]) -> Figure:
     """The values of each line, the largest first, on a logarithmic axis; a 0 is not shown."""
-    figure, axis = panel(title, yscale="log", **properties)
+    figure, axis = panel(title, yscale="log", xlabel="rank")
     for name, values in lines.items():
         values = np.where(values > 0, values, np.nan)[np.argsort(-values)]
         axis.plot(np.arange(1, len(values) + 1), values, label=name)
@@ -190,17 +203,18 @@ def plot_ranked(title: str, lines: dict[str, np.ndarray], **properties) -> Figur
     return figure
 
 
-def plot_map(x: torch.Tensor, group: np.ndarray, names: list[str], what: str, most: int = 8) -> Figure:
-    """Pairs x (n, d) on two principal components, in colour the `most` frequent groups (n,); -1 is no group."""
+def plot_map(x: Tensor, group: np.ndarray, names: list[str], what: str, most: int = 8) -> Figure:
+    """Pairs x (n, d) on two principal components, coloured by the `most` frequent groups (n,); -1 is none."""
     places = evaluation.principal(x, 2).numpy()
     share = places.var(0) / max(float(x.var(0, correction=0).sum()), 1e-12)
-    figure, axis = panel(f"{len(x):,} pairs by {what}", 3.6, xlabel=f"component 1, {share[0]:.1%} of the variance",
-                         ylabel=f"component 2, {share[1]:.1%} of the variance")
+    figure, axis = panel(f"map of {len(x):,} pairs by {what}", 3.6)
+    axis.set_xlabel(f"first principal component, {share[0]:.1%} of the variance")
+    axis.set_ylabel(f"second, {share[1]:.1%}")
     found, counts = np.unique(group[group >= 0], return_counts=True)
     chosen = found[np.argsort(-counts, kind="stable")[:most]]
     axis.scatter(*places[~np.isin(group, chosen)].T, s=4, color=LINE, label=f"another {what}")
     for which in chosen:
-        name = " " + short(names[which])  # matplotlib hides a name with a leading underscore
+        name = " " + short(names[which]).replace("$", r"\$")  # no formula; a leading underscore would hide it
         axis.scatter(*places[group == which].T, s=12, label=name)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -210,8 +224,8 @@ def plot_map(x: torch.Tensor, group: np.ndarray, names: list[str], what: str, mo
 
 
 @torch.no_grad()
-def neighbours_image(model, windows, pool: torch.Tensor, rows: int = 6, top: int = 3, side: int = 90) -> np.ndarray:
-    """(H, W, 3) uint8, a line a window: in1, out1, in2, the truth, the `top` of pool (P, D) nearest to z_hat."""
+def neighbours_image(model, windows, pool: Tensor, rows: int = 6, top: int = 3, side: int = 90) -> np.ndarray:
+    """(H, W, 3) uint8, a line a window: in1, out1, in2, truth, the `top` of pool (P, D) nearest to z_hat."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows.index))[:rows])
     distances = torch.cdist(model.predict(evaluation.contexts(windows, chosen)).float().cpu(), pool)
     lines = np.column_stack([windows.index[chosen], windows.outputs[distances.argsort(1)[:, :top].numpy()]])

@@ -1,7 +1,7 @@
 """Alerts, criteria and the report pages, from figures that eval.py or a run worked out.
 
-The template report.html holds markup and prose; it escapes all text. A log or a result in which a value is missing, or
-is no number, loses that value and nothing more.
+The template report.html holds markup and prose; it escapes all text. A log or a result in which a value is
+missing, or is no number, loses that value and nothing more.
 
     W windows   P candidates: the distinct outputs   K code positions   n objects or pairs
 """
@@ -17,9 +17,10 @@ import torch
 
 import arc_data
 import eval as evaluation
-from harness.charts import KINDS, METRIC, PALETTE, SERIES, best_baseline, number, plot_bars, plot_map, plot_ranked
-from harness.charts import neighbours_image, plot_parts, write_result_picture  # noqa: F401, offered from here as well
-from harness.charts import plot_training, png, points, short, styled
+from harness import charts
+from harness.charts import METRIC, PALETTE, best_baseline, number, plot_bars, plot_ranked, plot_training
+from harness.charts import points, short, styled
+from harness.charts import neighbours_image, plot_parts, write_result_picture  # offered to other files
 from harness.checkpoint import write_file
 from lejepa import CODE_SIZE
 
@@ -29,7 +30,7 @@ FEW = 100  # windows; health is not judged on fewer
 # ------------------------------------------------------------------------------------------------ alerts
 
 STALL = 10  # evaluations
-ALERTS = {  # why the recorded runs should have been stopped: figure, are its values so far bad, the worst of them
+ALERTS = {  # why the recorded runs should have been stopped: figure, are its values bad, the worst of them
     "code usage below 8 % at three evaluations in a row":
         ("codes_usage", lambda v: len(v) > 2 and max(v[-3:]) < 0.08, min),
     "code usage below 5 %": ("codes_usage", lambda v: v[-1] < 0.05, min),
@@ -75,7 +76,7 @@ class Alerts:
 
 
 def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str, bool | None, str]]:
-    """What the recorded assessment asked of a run, and each alert: name, whether it is met (None: unknown), figure."""
+    """What the recorded assessment asked of a run, and each alert: name, is it met (None: unknown), text."""
     losses, usage = ([value for _, value in points(log, key)] for key in ("validation_loss", "codes_usage"))
     usage = usage[len(usage) // 4:]
     jumps = [after / before for before, after in zip(losses, losses[1:]) if before]
@@ -86,7 +87,7 @@ def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str,
     rows = [  # name, figure, the lowest and the highest that meet it, format
         ("100 epochs", result.get("epochs"), 100, np.inf, "{:.0f}"),
         ("no validation loss above 2 x the one before", max(jumps, default=None), 0, 2, "at most {:.2f} x"),
-        ("code usage above 25 % after a quarter of the run", min(usage, default=None), 0.25, 1, "lowest {:.1%}"),
+        ("code usage above 25 % after a quarter of it", min(usage, default=None), 0.25, 1, "lowest {:.1%}"),
         ("code usage never falls by over 10 points", max(falls, default=None), 0, 0.1, "largest fall {:.1%}"),
         ("effective rank of the context at least 15", rank["context"], 15, np.inf, "{:.1f}"),
         ("effective rank of the target at least 20", rank["target"], 20, np.inf, "{:.1f}"),
@@ -94,7 +95,7 @@ def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str,
         ("gradient norm: maximum below 150", result.get("grad_norm_max"), 0, 150, "{:.1f}"),
         ("no term above 90 % of the loss", largest_share(log[-10:], lam), 0, 0.9, "{:.0%} at the end"),
         ("with another task's demonstration, retrieval is no better than a copy of in2",
-         None if None in (shuffled, copy) else shuffled - copy, -1, 0, "nDCG@10 without out1 differs by {:+.3f}")]
+         None if None in (shuffled, copy) else shuffled - copy, -1, 0, "nDCG@10 differs by {:+.3f}")]
     judged = []
     for name, value, low, high, text in rows:
         met = None if number(value) is None else bool(low <= value <= high)
@@ -116,7 +117,7 @@ def largest_share(log: list[dict], lam: float) -> float | None:
     return float(((1 - lam, lam) * rows[:, :2] / rows[:, 2:]).mean(0).max()) if len(rows) else None
 
 
-# ------------------------------------------------------------------------------------------------ parts of the page
+# ------------------------------------------------------------------------------------------------ sections
 
 
 def data_uri(content: bytes) -> str:
@@ -127,8 +128,8 @@ def picture(grid: np.ndarray, caption: str, side: int = 60, is_truth: bool = Fal
     """A grid as an image of one pixel a cell, which the browser enlarges to at most `side` pixels."""
     drawn, cell = io.BytesIO(), min(side // max(grid.shape), 12)
     matplotlib.image.imsave(drawn, PALETTE[grid], format="png", metadata={"Software": None})
-    height, width = (cell * length for length in grid.shape)
-    return {"uri": data_uri(drawn.getvalue()), "width": width, "height": height, "caption": caption, "truth": is_truth}
+    size = {"height": cell * grid.shape[0], "width": cell * grid.shape[1]}
+    return size | {"uri": data_uri(drawn.getvalue()), "caption": caption, "truth": is_truth}
 
 
 def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
@@ -140,15 +141,16 @@ def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
         distance = (pool - done.z_hat[row]).square().sum(1).numpy()
         near, truth = windows.outputs[np.argsort(distance, kind="stable")[:top]], windows.index[row, 3]
         rank = 1 + int((distance < distance[windows.outputs == truth]).sum())
-        title = f"{short(windows.task_ids[windows.task[row]], 16)}: the truth has rank {rank:,} of {len(pool):,}"
-        given = [picture(windows.grids[i], name) for i, name in zip(windows.index[row], ("in1", "out1", "in2", "truth"))]
+        task, names = short(windows.task_ids[windows.task[row]], 16), ("in1", "out1", "in2", "truth")
+        given = [picture(windows.grids[i], name) for i, name in zip(windows.index[row], names)]
         found = [picture(windows.grids[i], str(n), is_truth=i == truth) for n, i in enumerate(near, 1)]
+        title = f"{task}: the truth has rank {rank:,} of {len(pool):,}"
         cards.append({"title": title, "lines": [given, found]})
     return cards
 
 
 def symbols(codes: np.ndarray, ids: np.ndarray, tokens, examples: int = 8) -> list[dict]:
-    """The most used codes (n, K) of each position, with the objects that have them, the most frequent first."""
+    """The most used codes (n, K) of each position and the objects that have them, the most frequent first."""
     cards = []
     for position, column in enumerate(codes.T):
         used, counts = np.unique(column, return_counts=True)
@@ -165,14 +167,9 @@ def symbols(codes: np.ndarray, ids: np.ndarray, tokens, examples: int = 8) -> li
 def object_cells(tokens, i: int) -> np.ndarray:
     """Token i as places in PALETTE: an object in its colour; of a whole grid, the background and the rest."""
     side, (height, width) = arc_data.SIDE, tokens.box[i, 2:]
-    bits = np.unpackbits(tokens.bitmaps[tokens.shape[i]], count=side * side).reshape(side, side)[:height, :width]
+    bits = np.unpackbits(tokens.bitmaps[tokens.shape[i]], count=side * side).reshape(side, side)
     inside, outside = (11, tokens.colour[i]) if i in tokens.start else (tokens.colour[i], arc_data.PAD)
-    return np.where(bits, inside, outside)
-
-
-def opening(done, log: list[dict]) -> list[str]:
-    """Three sentences: the model against the best baseline, health, leaks."""
-    return [result_sentence(done.metrics[METRIC], done.health["lead"]), health_sentence(done, log), leaks_sentence(done.data)]
+    return np.where(bits[:height, :width], inside, outside)
 
 
 def result_sentence(entry: dict, lead: dict) -> str:
@@ -181,41 +178,45 @@ def result_sentence(entry: dict, lead: dict) -> str:
         return "No baseline was evaluated beside the model."
     gap, low, high = lead[best][METRIC]
     verdict = "beats" if low > 0 else "is behind" if high < 0 else "is level with"
-    return (f"The model {verdict} the best baseline, {best}: nDCG@10 without out1 is {entry['model']:.3f} against "
-            f"{entry['baselines'][best]:.3f}, a difference of {gap:+.3f} [{low:+.3f}, {high:+.3f}].")
+    return (f"The model {verdict} the best baseline ({best}): nDCG@10 without out1 is {entry['model']:.3f} "
+            f"for the model, {entry['baselines'][best]:.3f} for the baseline; they differ by {gap:+.3f}, "
+            f"95 % interval {low:+.3f} to {high:+.3f}.")
 
 
 def health_sentence(done, log: list[dict]) -> str:
-    count, ranks = len(done.windows.task), [done.health[role]["effective_rank"] for role in ("context", "target")]
+    count = len(done.windows.task)
+    context, target = (done.health[role]["effective_rank"] for role in ("context", "target"))
     bad = [name for name in Alerts(log).tripped if ALERTS[name][0] != METRIC]
-    bad += [f"effective rank of the {role} below {low}" for role, low, rank in zip(("context", "target"), (3, 5), ranks)
-            if rank < low and count >= FEW]
-    state = f"Only {count} windows, too few to judge health" if count < FEW else "Health: no alert stands"
+    if count >= FEW:
+        bad += ["effective rank of the context below 3"] * (context < 3)
+        bad += ["effective rank of the target below 5"] * (target < 5)
+    state = "No health alert stands" if count >= FEW else f"On {count} windows health cannot be judged"
     if bad:
-        state = f"Health needs attention: {'; '.join(dict.fromkeys(bad))}"
-    usage = [f" and {value:.0%} of the codes are in use" for _, value in points(log, "codes_usage")[-1:]]
-    ranks = "{:.1f} for the context and {:.1f} for the target".format(*ranks)
-    return f"{state}; the effective rank of {done.z.shape[1]} dimensions is {ranks}{''.join(usage)}."
+        state = f"Health needs attention ({'; '.join(dict.fromkeys(bad))})"
+    usage = [f"; {value:.0%} of the codes are in use" for _, value in points(log, "codes_usage")[-1:]]
+    return (f"{state}: the effective rank is {context:.1f} for the context and {target:.1f} for the target, "
+            f"of {done.z.shape[1]} dimensions{''.join(usage)}.")
 
 
 def leaks_sentence(data: dict) -> str:
     shared, tasks = data["shared_with_training"], f"{data['tasks']:,} tasks"
     if shared is None:
-        return "Leaks: whether the tasks share pairs with the training tasks could not be checked."
+        return "Whether the tasks share pairs with the training tasks could not be checked."
     if shared:
-        return f"Leaks: {shared:,} of the {tasks} share a pair with the training tasks; these are not unseen."
-    return f"Leaks: none of the {tasks} shares a pair with the training tasks."
+        return f"{shared:,} of the {tasks} share a pair with the training tasks: these are not unseen."
+    return f"None of the {tasks} shares a pair with the training tasks."
 
 
 def summary(done) -> list[list]:
     """Cells of the first table: each metric, its best baseline, and their difference where it is known."""
-    cells = [["metric", "model", "95 %", "best baseline", "value", "difference", "n"]]
+    cells = [["metric", "model", "best baseline", "its value", "difference", "n"]]
     for name in evaluation.METRICS:
         entry, best = done.metrics[name], best_baseline(done.metrics[name])
         if entry["model"] is not None:
-            lead, interval = done.health["lead"].get(best, {}).get(name), "[{:.3f}, {:.3f}]".format(*entry["interval"])
+            lead = done.health["lead"].get(best, {}).get(name)
             gap = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*lead) if lead else None
-            cells.append([name, entry["model"], interval, best, entry["baselines"].get(best), gap, entry["n"]])
+            model = "{:.3f} [{:.3f}, {:.3f}]".format(entry["model"], *entry["interval"])
+            cells.append([name, model, best, entry["baselines"].get(best), gap, entry["n"]])
     return cells
 
 
@@ -247,12 +248,13 @@ def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
         group, names, what = pairs.task, windows.task_ids, "task"
         if done.labels:
             group, names, what = pairs.y[:, 0], sorted(set(done.labels.values())), "label"
-        figures.append(plot_map(evaluation.pair_features(done.z, pairs), group, names, what))
+        figures.append(charts.plot_map(evaluation.pair_features(done.z, pairs), group, names, what))
     distinct = np.unique(ids, return_index=True)[1]
-    for name, column in ((name, x) for name, x in (("objects", codes), ("distinct objects", codes[distinct])) if x.size):
-        shares = {f"position {i}": np.bincount(x, minlength=CODE_SIZE) / len(x) for i, x in enumerate(column.T)}
-        uniform = {"uniform": np.full(CODE_SIZE, 1 / CODE_SIZE)}
-        figures.append(plot_ranked(f"share of {name} with each code, n = {len(column):,}", shares | uniform))
+    for name, chosen in (("objects", codes), ("distinct objects", codes[distinct])):
+        counts = {f"position {i}": np.bincount(x, minlength=CODE_SIZE) for i, x in enumerate(chosen.T)}
+        if counts:
+            counts["uniform"] = np.full(CODE_SIZE, len(chosen) / CODE_SIZE)
+            figures.append(plot_ranked(f"{name} with each code, n = {len(chosen):,}", counts))
     return figures
 
 
@@ -261,39 +263,43 @@ def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
 
 def write_page(path: Path, **values) -> Path:
     """A page of the template, which takes charts as figures and tables as lists of lines."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader, trim_blocks=True)
-    pages.filters |= {"png": lambda figure: data_uri(png(figure)), "short": lambda text: short(text, 200)}
-    colours = ["rgb({}, {}, {})".format(*rgb) for rgb in PALETTE]
-    page = pages.get_template("report.html").render(kinds=KINDS, colours=colours, series=SERIES, **values)
-    write_file(path, page.encode())
+    pages = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    pages.filters["png"] = lambda figure: data_uri(charts.png(figure))
+    pages.filters["short"] = lambda text: short(text, 200)
+    template = Path(__file__).with_name("report.html").read_text()
+    values |= {"kinds": charts.KINDS, "series": charts.SERIES}
+    values["colours"] = ["rgb({}, {}, {})".format(*rgb) for rgb in PALETTE]
+    write_file(path, pages.from_string(template).render(values).encode())
     return path
 
 
 @styled
 def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict) -> Path:
-    """report.html of the evaluation `done`, self-contained. All `facts` are shown; "run" and "lam" must be there."""
+    """report.html of the evaluation `done`, self-contained. All `facts` are shown, "run" and "lam" needed."""
     codes = torch.cat([codes for codes, _ in done.codes]).numpy()
     ids, tokens = evaluation.object_ids(done.windows.grids)
-    health = {name: value for name, value in done.health.items() if name != "lead"}
+    entries, health, pairwise = done.metrics, done.health, evaluation.PAIRWISE
+    sentences = [result_sentence(entries[METRIC], health["lead"])]
+    sentences += [health_sentence(done, log), leaks_sentence(done.data)]
+    tables = {"Retrieval, every row": every_row(entries, [name for name in entries if name not in pairwise]),
+              "Pairs, every row": every_row(entries, pairwise),
+              "Health and probes": [["figure", "value"], *flat(health | {"lead": {}})]}
     return write_page(
-        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None, data=done.data,
-        facts=facts, opening=opening(done, log), summary=summary(done), neighbours=neighbours(done),
-        retrieval=plot_bars({name: done.metrics[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
-        pairs=plot_bars({name: done.metrics[name] for name in evaluation.PAIRWISE}),
-        health=health_figures(done, codes, ids), criteria=criteria(log, result, facts["lam"], done),
-        training=plot_training({"": log}, number(result.get(f"baseline_{METRIC}"))),
-        tables={"Retrieval, every row": every_row(done.metrics, evaluation.METRICS[:-len(evaluation.PAIRWISE)]),
-                "Pairs, every row": every_row(done.metrics, evaluation.PAIRWISE),
-                "Health and probes": [["figure", "value"], *flat(health)]})
+        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
+        facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
+        retrieval=plot_bars({name: entries[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
+        pairs=plot_bars({name: entries[name] for name in pairwise}), health=health_figures(done, codes, ids),
+        training=plot_training({"": log}, number(result.get(f"baseline_{METRIC}"))), tables=tables,
+        criteria=criteria(log, result, facts["lam"], done))
 
 
 @styled
 def compare_page(folder: Path, result: dict, logs: dict[str, list[dict]]) -> Path:
     """compare.html: runs side by side.
 
-    result  {"data": source, "runs": {name: {metric: {"value": x, "interval": [low, high], "difference": [x, low, high]},
-            "codes": {figure: x}}}}; differences and codes refer to the first run
+    result  {"data": source, "runs": {name: {metric: entry, ..., "codes": {figure: value}}}}, and an entry is
+            {"value": x, "interval": [low, high], "difference": [x, low, high]}; the difference from the first
+            run, and the agreement of codes with it
     logs    {name: rows of log.jsonl}
     """
     return write_page(Path(folder) / "compare.html", title=f"Runs on {result['data']}", runs=result["runs"],
