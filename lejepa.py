@@ -25,13 +25,12 @@ nDCG@10 0.79 (without out1); the best baseline without learning has 0.776. The m
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
-    tasks = load_tasks("arcagi1:training")        # or a folder of ID.json files
+    tasks = load_tasks("tasks")                   # a folder of ARC tasks, ID.json
     cfg = resolve_defaults(Config(steps=20, batch_size=48))
     model = build(cfg).to(cfg.device)
     train(model, make_optimizers(model, cfg), TaskSet(tasks, cfg.device), cfg)
     (in1, out1), (in2, out2) = next(iter(tasks.values())).train[:2]
-    model.eval()
-    z_hat = model.predict([(in1, out1, in2)])     # (1, D)
+    z_hat = model.eval().predict([(in1, out1, in2)])              # (1, D)
     distance = (z_hat - model.embed([out2])).norm()
 """
 import os
@@ -144,13 +143,11 @@ def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Ten
     Raises ValueError for a view of one sample or shapes that do not match. Source: arXiv:2511.08544, on the
     grid of its authors' code, mean over V and M. The test at one frequency and the closed form are ours.
     """
-    if z.ndim not in (2, 3) or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
-        raise ValueError("sigreg takes z (V, N, D) or (N, D) and directions (D, M), "
+    if z.ndim not in (2, 3) or z.shape[-2] < 2 or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
+        raise ValueError("sigreg takes z (V, N, D) or (N, D) of at least 2 samples and directions (D, M), "
                          f"not {tuple(z.shape)} and {tuple(directions.shape)}")
     if frequency is not None and not 0 < frequency < math.inf:
         raise ValueError(f"sigreg tests at a frequency t > 0, not {frequency}")
-    if z.shape[-2] < 2:
-        raise ValueError(f"sigreg tests a distribution: a view needs at least 2 samples, not {z.shape[-2]}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         views = z.view(-1, *z.shape[-2:])                                      # (V, N, D)
@@ -164,12 +161,11 @@ def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor
     The published grid without t = 0, where cos and phi are both 1, or one frequency, weighted so that the
     expected statistic under N(0, I) is the same.
     """
-    if frequency is not None:
-        t = torch.full((1,), frequency, dtype=like.dtype, device=like.device)
-        phi = torch.exp(-t.square() / 2)
-        return t, phi, SIGREG_NULL / (1 - phi.square())
-    t = torch.arange(1, KNOTS, dtype=like.dtype, device=like.device) * DT
+    count, first = (KNOTS - 1, DT) if frequency is None else (1, frequency)
+    t = torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * first
     phi = torch.exp(-t.square() / 2)
+    if frequency is not None:
+        return t, phi, SIGREG_NULL / (1 - phi.square())
     weight = 2 * DT * phi
     weight[-1] /= 2                                    # the trapezoid rule
     return t, phi, weight
@@ -626,8 +622,6 @@ def update_average(model: LeJEPA, step: int):
 
 # ---------------------------------------------------------------------------------------------- 5 Training
 
-LOG_EVERY = 10                                 # steps between two log lines
-
 
 def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its terms. SIGReg and the loss are computed in fp32, outside autocast."""
@@ -657,24 +651,17 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
     return {name: value.detach() for name, value in {"loss": loss, **terms, "grad_norm": grad_norm}.items()}
 
 
-def print_progress(done: int, metrics: dict[str, Tensor], batch: Batch):
-    """Prints a line every LOG_EVERY steps; there alone it waits for the device."""
-    if done % LOG_EVERY == 0:
-        terms = [f"{name} {float(value):.4f}" for name, value in metrics.items()]
-        print(f"step {done}", *terms, sep="  ", flush=True)
-
-
-def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_step=print_progress) -> int:
+def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_step=None) -> int:
     """Trains from step `start` to cfg.steps and returns the number of steps taken.
 
-    after_step(steps done, metrics, batch) logs, evaluates and saves; it returns true to end the training.
+    after_step(steps done, metrics, batch) logs, evaluates and saves; training ends when it returns true.
     """
     model.train()
     for step in range(start, cfg.steps):
         with record_function("data"):
             batch = data.batch(cfg.batch_size, cfg.seed, step)  # a function of (seed, step): a run can resume
         metrics = train_step(model, optimizers, batch, step, cfg)
-        if after_step(step + 1, metrics, batch):
+        if after_step is not None and after_step(step + 1, metrics, batch):
             return step + 1
     return cfg.steps
 

@@ -32,8 +32,9 @@ import lejepa
 from arc_data import TaskSet, TokenTable, make_windows
 from harness import checkpoint, profiling, report
 from harness.checkpoint import write_file
-from lejepa import LOG_EVERY, SIGREG_NULL, Config, learning_rate
+from lejepa import SIGREG_NULL, Config, learning_rate
 
+LOG_EVERY = 10                                 # steps between two log lines
 NULL_STEPS = 100                               # training SIGReg is averaged over the last of these steps
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
