@@ -97,7 +97,7 @@ def draw_bars(axis, entry: dict):
         bold = "bold" if row in ("model", best) else "normal"
         axis.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontweight=bold)
         axis.get_yticklabels()[place].set_fontweight(bold)
-    axis.set(xlim=(0, max(*rows.values(), high, 1e-9) * 1.75), ylim=(len(rows) - 0.4, -0.6), xticks=[])
+    axis.set(xlim=(0, max(*rows.values(), high, 1e-9) * 1.85), ylim=(len(rows) - 0.4, -0.6), xticks=[])
     axis.tick_params(length=0)
     axis.spines["bottom"].set_visible(False)
 
