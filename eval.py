@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment, minimize_scalar
 from scipy.stats import kurtosis, skew
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge
 from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
@@ -352,7 +352,7 @@ def raw_spaces(grids: list, outputs: np.ndarray) -> dict[str, Space]:
 
 FOLDS = 10
 NEIGHBOURS, WARMTH = 20, 0.07                       # k-NN: cosine, weights exp(s / 0.07)
-STRENGTHS = np.array([1e-3, 1e-2, 0.1, 1.0, 10.0])  # of the ridge, in units of a standardised feature's variance
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)            # of the ridge, in units of a standardised feature's variance
 PROPERTIES = ("output symmetric up-down", "output symmetric left-right", "output symmetric over its diagonal",
               "same shape", "output smaller", "output larger", "output recoloured")
 
@@ -420,15 +420,14 @@ def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(right)[counted].double().numpy(), pairs.task[counted.numpy()]
 
 
-def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> np.ndarray:
     """Classes (n', L) of `asked` (n', d) by ridge regression from f (n, d) to the classes y (n, L), all standardised by f.
 
-    The strength is the best of STRENGTHS for each class when one row is left out. A score's threshold lies halfway between
-    the mean scores of a class and of the others, so that rare classes count as much as common ones.
+    A score's threshold lies halfway between the mean training scores of a class and of the others, so that rare classes
+    count as much as common ones.
     """
     hot = (y[:, :, None] == np.arange(y.max() + 1)).astype(float)  # (n, L, C)
-    ridge = RidgeCV(STRENGTHS * len(f), alpha_per_target=True)
-    probe = make_pipeline(StandardScaler(), ridge).fit(f, hot.reshape(len(f), -1))
+    probe = make_pipeline(StandardScaler(), Ridge(strength * len(f))).fit(f, hot.reshape(len(f), -1))
     trained, scores = (probe.predict(x).reshape(len(x), *hot.shape[1:]) for x in (f, asked))
     members = hot.sum(0)  # (L, C)
     inside = (trained * hot).sum(0) / np.maximum(members, 1)
@@ -437,10 +436,20 @@ def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
     return np.where(members > 0, scores, -np.inf).argmax(2)
 
 
-def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """`ridge`, for each labeling with the strength that is best on a fifth of the training tasks after a fit to the others."""
+    check = np.isin(task, np.unique(task)[::5])
+    tried = [ridge(f[~check], y[~check], f[check], strength) for strength in STRENGTHS]
+    best = np.argmax([[balanced(*pair).mean() for pair in zip(t.T, y[check].T)] for t in tried], 0)  # (L,)
+    answers = {i: ridge(f, y, asked, STRENGTHS[i]) for i in set(best)}
+    return np.stack([answers[i][:, j] for j, i in enumerate(best)], 1)
+
+
+def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     weights = lambda distance: np.exp((1 - distance) / WARMTH)
     votes = KNeighborsClassifier(min(NEIGHBOURS, len(y)), metric="cosine", weights=weights)
-    return make_pipeline(StandardScaler(with_std=False), votes).fit(f, y).predict(asked)
+    chosen = make_pipeline(StandardScaler(with_std=False), votes).fit(f, y.squeeze()).predict(asked)
+    return chosen.reshape(len(asked), -1)
 
 
 def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarray) -> np.ndarray:
@@ -448,7 +457,7 @@ def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarra
     chosen = np.empty_like(y)
     folds = GroupKFold(min(FOLDS, len(np.unique(task))), shuffle=True, random_state=0)
     for train, test in folds.split(f, groups=task):
-        chosen[test] = probe(f[train], y[train], f[test]).reshape(len(test), -1)
+        chosen[test] = probe(f[train], y[train], f[test], task[train])
     return chosen
 
 
@@ -609,6 +618,15 @@ def code_ceiling(counts: np.ndarray, size: int) -> float:
     return perplexity(np.concatenate([heaviest[:own], even])) / size
 
 
+def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Adjusted mutual information of the codes (n, n_codes) that two models give the same objects; 0 is chance, 1 a renaming.
+
+    The positions of one model are matched one to one with those of the other, where they agree most; the mean of these.
+    """
+    shared = np.array([[adjusted_mutual_info_score(x, y) for y in b.T] for x in a.T])
+    return float(shared[linear_sum_assignment(-shared)].mean())
+
+
 def kept_codes(model, grids: list, before: list, change: Callable, turn: Callable) -> float | None:
     """Share of objects that keep all their codes when their grids change; `before` is what model.codes gave for the grids.
 
@@ -682,8 +700,9 @@ def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | 
     z_tests = model.predict(asked).float().cpu()
     check_finite(z, z_hat, z_tests)
 
-    def answer(score: Score, of_tests: Score | None = None) -> dict:
-        found, tested = rank(score, queries, best_temperature(score, windows)), rank(of_tests or score, tests)
+    def answer(score: Score, of_tests: Score | None = None, with_nats: bool = True) -> dict:
+        found = rank(score, queries, best_temperature(score, windows) if with_nats else None)
+        tested = rank(of_tests or score, tests)
         found |= {metric: found[metric][hard.rows] for metric in HARD}
         return found | {metric: tested[name] for metric, name in DEMONSTRATIONS.items() if tested}
 
@@ -695,7 +714,7 @@ def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | 
     for name, space in ({} if untrained is None else baseline_spaces(untrained, hard.grids, outputs, z, codes)).items():
         progress(f"evaluating baselines: {name}")
         for query, weights in QUERIES.items():
-            rows[f"{query}, {name}"] = answer(space.by_weights(weights))
+            rows[f"{query}, {name}"] = answer(space.by_weights(weights), with_nats=query == "analogy")
         if len(space.parts) == 1 and name != "trained":  # pairs in z itself are the model's row
             embedding = space.parts[0][0][torch.arange(count)]
             rows[name], probes[name] = pair_metrics(principal(embedding, z.shape[1]), pairs)
@@ -794,3 +813,58 @@ def result_figures(e: Evaluation) -> dict:
                                  if row in e.metrics[metric]["baselines"]} for row in e.metrics["ndcg10"]["baselines"]}
     result["intervals"] = {metric: e.metrics[metric]["interval"] for metric in retrieved}
     return result | {"lead": e.health["lead"], "validation_windows": e.data["windows"]}
+
+
+# ---------------------------------------------------------------------------------------------- 9 commands
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, required: bool, out: str, runs: dict):
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.add_argument(metavar="RUN", type=Path, help="a folder that lejepa.py wrote", **runs)
+        what = "SOURCE of tasks, or dev: the part of its data that the run held out"
+        default = {} if required else {"default": arc_data.REPORTED}
+        command.add_argument("--data", metavar="SOURCE", required=required, **default,
+                             help=what if required else f"{what} (default: %(default)s)")
+        command.add_argument("--out", type=Path, required=required, metavar="FILE" if required else "FOLDER", help=out)
+        return command
+
+    run = add("evaluate", "Every metric of a run beside baselines; the command when none is named.", False,
+              "where the record goes (default: RUN, or RUN/eval-SOURCE beside a record of other data)", {"dest": "run"})
+    run.add_argument("--labels", metavar="FILE", type=Path, help="JSON {task id: class name} to probe for instead of properties")
+    add("codes", "The codes of every grid, a line a grid.", True, "where the lines go", {"dest": "run"})
+    ranking = add("rank", "Candidate answers of test inputs, the likeliest first.", True, "where the ranking goes", {"dest": "run"})
+    ranking.add_argument("--candidates", metavar="FILE", type=Path, required=True,
+                         help="JSON {task id: [for each test input, [candidate grid, ...]]}")
+    ranking.add_argument("--submission", metavar="FILE", type=Path, help="also the two likeliest, in Kaggle's form")
+    add("compare", "Runs side by side, paired by query.", False, "where the record goes (default: RUN/../compare)",
+        {"dest": "runs", "nargs": "+"})
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    from harness import commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    known = {"evaluate": commands.evaluate_run, "codes": commands.write_codes, "rank": commands.rank_candidates,
+             "compare": commands.compare_runs}
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv if argv and argv[0] in (*known, "-h", "--help") else ["evaluate", *argv])
+    try:
+        known[args.command](args)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(arc_data.printable(word) for word in str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
