@@ -138,6 +138,39 @@ def _parse_grid(grid, where):
                 raise ValueError(f"{where}: cell {shown} is not an integer 0-9")
     return np.array(grid, dtype=np.int8)
 
+def validate_grids(grids, name="grid {}".format) -> list[np.ndarray]:
+    """The grids as arrays. ValueError names the first that is not a grid by name(its position)."""
+    need(hasattr(grids, "__iter__"), f"a list of grids is needed, not {type(grids).__name__}")
+    arrays = []
+    for i, grid in enumerate(grids):
+        try:
+            array = np.asarray(grid)
+        except ValueError:                              # rows of different lengths
+            array = np.asarray(grid, dtype=object)
+        fits = array.ndim == 2 and 1 <= min(array.shape) <= max(array.shape) <= SIDE
+        need(fits and array.dtype.kind in "iu" and 0 <= array.min() <= array.max() <= 9, f"{name(i)}, "
+             f"{array.dtype} of shape {array.shape}, is not 2-D, at most {SIDE} x {SIDE}, of integers 0-9")
+        arrays.append(array)
+    return arrays
+
+def validate_contexts(contexts) -> list[list[np.ndarray]]:
+    """Contexts (in1, out1, ..., ink, outk, given) as arrays. ValueError names the first bad one."""
+    need(hasattr(contexts, "__iter__"), f"a list of contexts is needed, not {type(contexts).__name__}")
+    result = []
+    for number, context in enumerate(contexts):
+        grids = list(context) if hasattr(context, "__iter__") else []
+        need(len(grids) >= 3 and len(grids) % 2, f"context {number} has {len(grids)} grids; it takes in1, "
+             "out1, ..., given: an odd number of grids, at least three")
+        names = [f"{side}{i}" for i in range(1, len(grids) // 2 + 1) for side in ("in", "out")] + ["given"]
+        result.append(validate_grids(grids, lambda i: f"context {number}, {names[i]}"))
+    return result
+
+def unique_grids(grids) -> tuple[list[np.ndarray], list[int]]:
+    """The distinct grids of a list, and the position of each grid among them."""
+    found = {}                                          # content: position, grid
+    index = [found.setdefault((grid.shape, grid.tobytes()), (len(found), grid))[0] for grid in grids]
+    return [grid for _, grid in found.values()], index
+
 def pairs_of(task: Task) -> list:
     """Complete pairs of a task: those that have an output, train pairs first."""
     return [pair for pair in [*task.train, *task.test] if pair[1] is not None]

@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable
+from arc_data import unique_grids, validate_contexts, validate_grids
 
 # ------------------------------------------------------------------------------------------------ 1 Config
 
@@ -124,7 +125,6 @@ KNOTS = 17                                     # of the published grid: t_k = k 
 DT = 3 / (KNOTS - 1)
 FREQUENCY = 2.0                                # the frequency at which z is tested
 SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
-ROW_CHUNK = 1 << 18                            # numbers in a chunk of rows that fits in a CPU's cache
 
 
 def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Tensor:
@@ -156,11 +156,7 @@ def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Ten
 
 
 def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Frequencies t (T,), the characteristic function phi (T,) of N(0, 1) there, and their weights (T,).
-
-    The published grid without t = 0, where cos and phi are both 1, or one frequency, weighted so that the
-    expected statistic under N(0, I) is the same.
-    """
+    """Frequencies t (T,), the published grid or one; phi (T,) of N(0, 1) there; weights (T,). t = 0 adds nothing."""
     count, first = (KNOTS - 1, DT) if frequency is None else (1, frequency)
     t = torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * first
     phi = torch.exp(-t.square() / 2)
@@ -174,11 +170,10 @@ def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor
 class EppsPulley(torch.autograd.Function):
     """N * sum_k w_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
 
-    The frequencies are multiples, t_k = k t_1, so all cosines and sines follow from one of each by angle
-    addition, and so does the gradient, 2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], where C and
-    S are the two means. Memory is O(N M) instead of O(T N M). Eager code multiplies complex numbers in place,
-    about 4 times as fast as the plain formula. torch.compile does not support complex numbers; it fuses
-    `multiples` into one kernel, about 4 times as fast as the plain formula compiled.
+    As t_k = k t_1, all cosines and sines follow from one of each by angle addition, and so does the gradient,
+    2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
+    multiplies complex numbers in place; the compiler, which has none, fuses `multiples`. Both are 4 times as
+    fast as the plain formula and take O(N M) memory instead of O(T N M).
     """
 
     @staticmethod
@@ -186,7 +181,7 @@ class EppsPulley(torch.autograd.Function):
         if torch.compiler.is_compiling():
             means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x, t)], 2)
         else:
-            means = torch.cat([wave_means(rows, t) for (rows,) in row_chunks(x)])
+            means = torch.cat([wave_means(rows, t) for rows in x.split(chunk_rows(x))])
         error = means - torch.stack([phi, torch.zeros_like(phi)], 1)           # (V M, T, 2): C - phi and S
         ctx.save_for_backward(x, t, (weight * t)[:, None] * error)
         return x.shape[1] * (weight[:, None] * error.square()).sum((1, 2))
@@ -199,8 +194,8 @@ class EppsPulley(torch.autograd.Function):
             waves = enumerate(zip(*multiples(x, t)))
             dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in waves)
             return 2 * grad[:, None] * dx, None, None, None
-        dx = torch.empty_like(x)
-        for rows, factor, result in row_chunks(x, 2 * grad[:, None] * torch.complex(of_cos, of_sin), dx):
+        dx, factors = torch.empty_like(x), 2 * grad[:, None] * torch.complex(of_cos, of_sin)
+        for rows, factor, result in zip(*(part.split(chunk_rows(x)) for part in (x, factors, dx))):
             wave = torch.complex(torch.cos(t[0] * rows), torch.sin(t[0] * rows))
             total = factor[:, -1, None] * wave
             for k in reversed(range(len(t) - 1)):      # Horner's rule
@@ -209,12 +204,9 @@ class EppsPulley(torch.autograd.Function):
         return dx, None, None, None
 
 
-def row_chunks(*tensors: Tensor):
-    """The same rows of each tensor, in chunks that fit in a CPU's cache; a single chunk on a GPU."""
-    if tensors[0].is_cuda:
-        return [tensors]
-    rows = max(1, ROW_CHUNK // tensors[0].shape[1])
-    return zip(*(x.split(rows) for x in tensors))
+def chunk_rows(x: Tensor) -> int:
+    """Rows of x in a chunk: as many as fit in a CPU's cache; all of them on a GPU."""
+    return len(x) if x.is_cuda else max(1, (1 << 18) // x.shape[1])
 
 
 def wave_means(x: Tensor, t: Tensor) -> Tensor:
@@ -252,10 +244,7 @@ class LeJEPALoss(nn.Module):
         super().__init__()
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss (scalar) and its terms by name, of the model's output (z, z_hat, y) for the batch.
-
-        directions (D, M) test the embeddings, code_directions (m / C, M') the numbers behind one code.
-        """
+        """The loss and its terms. directions (D, M) test z, code_directions (m / C, M') the y of one code."""
         target = F.embedding(batch.index[:, 3], z)                             # (B, D), with its gradient
         prediction = (z_hat - target).square().mean()
         roles = torch.stack([z[0::2], z[1::2]])  # (2, G / 2, D): the grids are input, output, input, ...
@@ -288,12 +277,10 @@ def bin_means(levels: int) -> Tensor:
 
 
 class GaussianQuantizer(nn.Module):
-    """Finite scalar quantization with bins that are equally likely under N(0, 1). It has nothing to learn.
+    """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
     A number y becomes level floor(L * Phi(y)) of L and is read back as the mean of its bin; the gradient
-    passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes. SIGReg keeps y
-    Gaussian, so that all codes are equally likely.
-    Source: FSQ, arXiv:2309.15505; Gaussian bins in place of equal ones are ours.
+    passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
 
     def __init__(self):
@@ -378,9 +365,8 @@ class ObjectHead(nn.Module):
 class Encoder(nn.Module):
     """Quantizes the objects of each grid, relates the symbols (codes, box), pools them and projects to z.
 
-    z is normalised to the sphere of radius sqrt(D), which holds all but 1 / sqrt(2 D) of N(0, I). Without the
-    normalisation the encoder lowers the error by shrinking the embeddings of hard grids. At this radius each
-    coordinate has variance 1 and SIGReg has an effect; at radius 1 it has none.
+    z is normalised to length sqrt(D), where each coordinate has variance 1; at length 1 SIGReg has no effect.
+    Without the normalisation the encoder lowers the error by shrinking the embeddings of hard grids.
     """
 
     def __init__(self, size: Size, quantizer: nn.Module):
@@ -448,54 +434,8 @@ class Predictor(nn.Module):
         return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()                        # (B, D)
 
 
-def validate_grids(grids, name="grid {}".format) -> list[np.ndarray]:
-    """The grids as arrays. ValueError names the first one that is not a grid by name(its position)."""
-    if not hasattr(grids, "__iter__"):
-        raise ValueError(f"a list of grids is needed, not {type(grids).__name__}")
-    arrays = []
-    for i, grid in enumerate(grids):
-        try:
-            array = np.asarray(grid)
-        except ValueError:                             # rows of different lengths
-            array = np.asarray(grid, dtype=object)
-        fits = array.ndim == 2 and 1 <= min(array.shape) <= max(array.shape) <= SIDE
-        if not fits or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() <= 9:
-            raise ValueError(f"{name(i)}, {array.dtype} of shape {array.shape}, is not 2-D, "
-                             f"at most {SIDE} x {SIDE}, of integers 0-9")
-        arrays.append(array)
-    return arrays
-
-
-def validate_contexts(contexts) -> list[list[np.ndarray]]:
-    """Contexts (in1, out1, ..., ink, outk, given) as lists of arrays. ValueError names the first bad one."""
-    if not hasattr(contexts, "__iter__"):
-        raise ValueError(f"a list of contexts is needed, not {type(contexts).__name__}")
-    result = []
-    for number, context in enumerate(contexts):
-        grids = list(context) if hasattr(context, "__iter__") else []
-        if len(grids) < 3 or len(grids) % 2 == 0:
-            raise ValueError(f"context {number} has {len(grids)} grids; it takes in1, out1, ..., given: "
-                             "an odd number of grids, at least three")
-        names = [f"{side}{i}" for i in range(1, len(grids) // 2 + 1) for side in ("in", "out")] + ["given"]
-        result.append(validate_grids(grids, lambda i: f"context {number}, {names[i]}"))
-    return result
-
-
-def unique_grids(grids) -> tuple[list[np.ndarray], list[int]]:
-    """The distinct grids of a list, and the position of each grid among them."""
-    places, distinct, index = {}, [], []
-    for grid in grids:
-        index.append(places.setdefault((grid.shape, grid.tobytes()), len(distinct)))
-        if index[-1] == len(distinct):
-            distinct.append(grid)
-    return distinct, index
-
-
 class LeJEPA(nn.Module):
-    """Encoder and predictor: `forward` for a batch; embed, codes, predict and rank for lists of grids.
-
-    In eval mode the averaged weights replace the trained ones, as BatchNorm uses its running statistics.
-    """
+    """Encoder and predictor: forward takes a batch, the rest lists of grids. Averaged weights in eval mode."""
     CHUNK = 512  # grids encoded, and demonstrations predicted from, at once
 
     def __init__(self, size: Size, quantizer: nn.Module, objective):
@@ -556,17 +496,13 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def rank(self, demonstrations: list, given, candidates: list) -> Tensor:
-        """Scores (n,) of candidate answers to the grid `given`: minus the squared distance to z_hat.
-
-        demonstrations is a list of (input, output) pairs of grids. Higher is likelier.
-        """
+        """Scores (n,) of candidate answers, higher is likelier: minus the squared distance to z_hat."""
         z_hat = self.predict([[*(grid for pair in demonstrations for grid in pair), given]])   # (1, D)
         return -(self.embed(validate_grids(candidates, "candidate {}".format)) - z_hat).square().sum(1)
 
     def _encode(self, grids: list[np.ndarray]) -> Tensor:
-        encoder, predictor = self.in_use
-        nothing = predictor.role.new_empty(0, predictor.token.in_features)
-        return torch.cat([nothing, *(encoder(chunk)[0] for chunk in self._chunks(grids))])
+        z = [self.in_use[0](chunk)[0] for chunk in self._chunks(grids)]
+        return torch.cat(z) if z else self.predictor.role.new_empty(0, self.predictor.token.in_features)
 
     def _chunks(self, grids: list[np.ndarray]):
         table = TokenTable(grids, self.predictor.role.device, turned=False) if grids else None
@@ -600,15 +536,10 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
     return [muon, torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def learning_rate(cfg: Config, step: int) -> float:
-    return cfg.lr * min(1, (step + 1) / WARMUP)
-
-
 @torch.no_grad()
 def update_average(model: LeJEPA, step: int):
-    """Moves the averaged weights towards the weights after `step`; after step 0 they are equal.
+    """Moves the averaged weights and buffers towards those after `step`; after step 0 they are equal.
 
-    Buffers (BatchNorm's statistics, a codebook) are averaged too.
     Source: polynomial-decay averaging, arXiv:1212.1824, with eta = 1 / AVERAGING_FRACTION - 1.
     """
     share = 1 / (1 + AVERAGING_FRACTION * step)
@@ -640,7 +571,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
+            group["lr"] = cfg.lr * min(1, (step + 1) / WARMUP)
     loss, terms = batch_loss(model, batch, step, cfg)
     loss.backward()
     with record_function("optimizer"):
@@ -654,7 +585,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
 def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_step=None) -> int:
     """Trains from step `start` to cfg.steps and returns the number of steps taken.
 
-    after_step(steps done, metrics, batch) logs, evaluates and saves; training ends when it returns true.
+    after_step(steps done, metrics, batch) logs, evaluates and saves; if it returns true, training ends.
     """
     model.train()
     for step in range(start, cfg.steps):
@@ -678,49 +609,37 @@ def checkpoint_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> s
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and metadata (step, commit, config, state) of a checkpoint. ValueError names what is wrong."""
-    try:
-        if not path.is_file():
-            raise ValueError("not a regular file" if path.exists() else "no such file")
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = dict(file.metadata() or {})
-        if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
-            raise ValueError("damaged, or not written by this program: its SHA-256 does not match")
-        for name, value in tensors.items():
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds nan or inf")
-        return tensors, {name: json.loads(text) for name, text in metadata.items()}
-    except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
-    """The checkpoint last.safetensors; previous.safetensors, with a line, if the last one is damaged."""
-    last, previous = folder / "last.safetensors", folder / "previous.safetensors"
-    try:
-        return *read_checkpoint(last), last
-    except ValueError as error:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
+    """Tensors, metadata and path of last.safetensors; of previous.safetensors if the last one is damaged."""
+    problems = []
+    for path in (folder / "last.safetensors", folder / "previous.safetensors"):
         try:
-            tensors, found = read_checkpoint(previous)
-        except ValueError as other:
-            way_out = "train again in another --run folder"
-            raise ValueError(f"no readable checkpoint ({error}; {other}); {way_out}") from None
-        print(f"{error}; continuing from {previous}, step {found['step']}", file=sys.stderr)
-        return tensors, found, previous
+            if not path.is_file():
+                raise ValueError("not a regular file" if path.exists() else "no such file")
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = dict(file.metadata() or {})
+            if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
+                raise ValueError("damaged, or not written by this program: its SHA-256 does not match")
+            if not all(value.isfinite().all() for value in tensors.values()):
+                raise ValueError("it holds nan or inf")
+            metadata = {name: json.loads(text) for name, text in metadata.items()}
+        except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if problems:
+            print(f"{problems[0]}; continuing from {path}, step {metadata['step']}", file=sys.stderr)
+        return tensors, metadata, path
+    raise ValueError(f"no readable checkpoint ({'; '.join(problems)}); train again in another --run folder")
 
 
 def load_run(path) -> tuple[LeJEPA, Config]:
     """The model of a run's folder, frozen, in eval mode (averaged weights), on the CPU; and its Config."""
-    if not Path(path).is_dir():
-        raise ValueError(f"{path}: no such folder; give the folder of a run that lejepa.py wrote")
-    tensors, found, _ = newest_checkpoint(Path(path))
+    tensors, found, _ = read_checkpoint(Path(path))
     try:
         cfg = Config(**found["config"])
         model = build(cfg)
-        weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+        model.load_state_dict({name[6:]: value for name, value in tensors.items() if name[:6] == "model."})
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: made by another version of lejepa.py: {message}") from None
