@@ -156,7 +156,7 @@ def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Ten
 
 
 def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Frequencies t (T,), the published grid or one; phi (T,) of N(0, 1) there; weights (T,). t = 0 adds nothing."""
+    """Frequencies t (T,): the published grid without t = 0, or one; phi (T,) of N(0, 1); weights (T,)."""
     count, first = (KNOTS - 1, DT) if frequency is None else (1, frequency)
     t = torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * first
     phi = torch.exp(-t.square() / 2)
@@ -435,7 +435,7 @@ class Predictor(nn.Module):
 
 
 class LeJEPA(nn.Module):
-    """Encoder and predictor: forward takes a batch, the rest lists of grids. Averaged weights in eval mode."""
+    """Encoder and predictor: forward takes a batch, the rest lists of grids; averaged weights in eval."""
     CHUNK = 512  # grids encoded, and demonstrations predicted from, at once
 
     def __init__(self, size: Size, quantizer: nn.Module, objective):
