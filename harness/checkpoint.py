@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lejepa import Config, checkpoint_digest, newest_checkpoint
+from lejepa import Config, checkpoint_digest, read_checkpoint
 
 FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
 LARGEST_JSON = 256 << 20                                           # bytes; a log of 100,000 steps has 40 MB
@@ -43,6 +43,12 @@ def write_file(path: Path, content: bytes, keep: Path | None = None):
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path):
+    """Removes the temporary files that a kill left in the folder of a run that is locked."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
 
 
 def sync_folder(folder: Path):
@@ -131,7 +137,7 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
     ValueError names a flag or data that changed. Nothing on disk is touched before everything is checked.
     """
     folder = Path(cfg.run)
-    tensors, found, path = newest_checkpoint(folder)
+    tensors, found, path = read_checkpoint(folder)
     try:
         check_flags(cfg, found)
         if found["state"]["tasks_sha256"] != digest:

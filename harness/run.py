@@ -32,7 +32,7 @@ import lejepa
 from arc_data import TaskSet, TokenTable, make_windows
 from harness import checkpoint, profiling, report
 from harness.checkpoint import write_file
-from lejepa import SIGREG_NULL, Config, learning_rate
+from lejepa import SIGREG_NULL, Config
 
 LOG_EVERY = 10                                 # steps between two log lines
 NULL_STEPS = 100                               # training SIGReg is averaged over the last of these steps
@@ -133,6 +133,9 @@ def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
         raise ValueError(f"--run {cfg.run}: another run is active in this folder; wait for its end, "
                          "or name another folder") from None
     refuse_used(cfg, folder)                           # again: another run may have begun and ended meanwhile
+    checkpoint.remove_parts(folder)
+    if is_unused(folder) and (folder / "config.json").exists():
+        print(f"the run in {cfg.run} ended before its first checkpoint; it begins again", file=sys.stderr)
     return cfg, lock
 
 
@@ -146,16 +149,31 @@ def make_default_folder(cfg: Config) -> str:
 
 
 def refuse_used(cfg: Config, folder: Path):
-    used = any(path.name != "lock" for path in folder.iterdir())
-    if used and not cfg.resume and not cfg.profile:
+    """ValueError for a folder that this run cannot use, as it is or without --resume."""
+    unused = is_unused(folder)
+    if cfg.resume and unused:
+        raise ValueError(f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
+    if not (unused or cfg.resume or cfg.profile):
         can_resume = any(folder.glob("*.safetensors"))
         way_out = ("add --resume to continue it, or " if can_resume else "") + "name another folder"
         raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what a run leaves that ended before its first checkpoint."""
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".part")}
+    curves = {name for name in names if name.startswith("events.out.tfevents")}
+    log = folder / "log.jsonl"
+    if log.is_file() and not log.stat().st_size:
+        curves.add("log.jsonl")
+    return not names or ("lock" in names and names <= curves | {"lock", "config.json"})
+
+
 def write_config(cfg: Config, compiled: bool):
     """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""
     path = Path(cfg.run) / "config.json"
+    if cfg.profile and path.exists():
+        return                                         # a profile of a run that is there; its record stays
     record = lejepa.SIZES[cfg.size]._asdict() | dataclasses.asdict(cfg)
     record |= {"compiled": compiled, "command": " ".join(["python", *sys.argv]), "commit": commit(),
                "device_name": describe_device(cfg.device), "python": platform.python_version(),
@@ -243,7 +261,7 @@ class RunLog:
         windows, since = self.mark
         rate = (self.windows - windows) / (time.monotonic() - since - self.evaluating)
         self.mark, self.evaluating = (self.windows, time.monotonic()), 0.0
-        row = {"step": step, **values, "lr": learning_rate(self.cfg, step - 1), "samples_per_s": rate,
+        row = {"step": step, **values, "lr": self.optimizers[0].param_groups[0]["lr"], "samples_per_s": rate,
                "seconds": self.seconds(), **figures}
         self.lines.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -338,7 +356,10 @@ class RunLog:
     def summary(self, result: dict) -> str:
         """The closing lines: the result beside the best baseline, the picture, the next command."""
         value, best = result["ndcg10_without_out1"], result["baseline_ndcg10_without_out1"]
-        return (f"\nnDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}\n"
+        line = "the unseen tasks are too few for nDCG@10 without out1"
+        if value is not None and best is not None:
+            line = f"nDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}"
+        return (f"\n{line}\n"
                 f"picture: {self.folder / 'result.png'}\nfull report: python eval.py {self.folder}")
 
 
