@@ -1,7 +1,7 @@
 """Whether training still gives the same bits: 60 steps of every quantizer and objective against a record.
 
     python tests/fingerprint.py             compare with tests/fingerprints.json; about five minutes
-    python tests/fingerprint.py --write     replace the record, after a change that changes training on purpose
+    python tests/fingerprint.py --write     replace the record, after an intended change of training
 
 A fingerprint is the SHA-256 over the sorted SHA-256 of every tensor that a step changes: weights, averaged
 weights, buffers and the optimizers' state. Names do not count, so a renamed module keeps its fingerprint. The
