@@ -154,7 +154,10 @@ def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float 
         axis.axhline(baseline, color=MUTED, linestyle=":", label=f"best baseline, {keys[0]}")
     axis.set_xlabel("step")
     entries = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # one for each name
-    axis.legend(entries.values(), entries)
+    legend = axis.legend(entries.values(), entries)
+    if len(runs) > 1:  # colours name the runs, so the legend shows line styles alone
+        for handle in legend.legend_handles:
+            handle.set_color(INK)
 
 
 def plot_training(runs: dict[str, list[dict]], baseline: float | None = None) -> list[Figure]:

@@ -249,10 +249,10 @@ def test_names_from_outside_are_shown_as_text_and_never_as_markup_or_formula(
     three = {f"{NASTY}{i}": task for i, task in enumerate(list(tasks.values())[:3])}
     labels = {name: f"_${NASTY}{i % 2}" for i, name in enumerate(three)}
     nasty = make_evaluation(three, labels=labels, source=NASTY, notes=[NASTY])
-    facts = FACTS | {"run": NASTY, NASTY: NASTY}
+    facts = FACTS | {"run": NASTY, NASTY: NASTY, "device": None}
     page = Page(report.write_report(tmp_path, nasty, facts, make_log(), RESULT))
     assert not page.all("script")
-    assert f"{NASTY} on {NASTY}" in page
+    assert f"{NASTY} on {NASTY}" in page and "device" not in page  # what is not known is left out
     assert f"{NASTY[:15]}…: the truth" in page  # ids are shortened
     chart = next(figure for figure in drawn if "label" in figure.get_suptitle())
     _, *names = chart.axes[0].get_legend_handles_labels()[1]
