@@ -96,8 +96,7 @@ def _add_outputs(tasks, path):
                 need(pair.get("output") in (None, output), "the pair has another output")
                 pair["output"] = output
         except (AttributeError, KeyError, TypeError, ValueError):
-            where = f"{printable(path)}, task {printable(task_id)}"
-            raise ValueError(f"{where}: needs [output of each test pair] of a challenge") from None
+            raise ValueError(f"{printable(path)}, task {printable(task_id)}: needs its test outputs") from None
 
 def _read_json(path):
     """The value in a JSON file: a regular file of at most LARGEST bytes, with no key twice in one object."""

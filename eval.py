@@ -1,18 +1,19 @@
-"""The evaluation of frozen weights: retrieval, probes and codes on given tasks, beside baselines that learn nothing.
+"""Evaluates frozen weights: retrieval, probes and codes on given tasks, beside baselines that learn nothing.
 
-    python eval.py RUN [--data SOURCE] [--labels FILE]                   every metric: eval.json, health.json, report.html
-    python eval.py codes RUN --data SOURCE --out codes.jsonl             the codes of every grid, a line a grid
-    python eval.py rank RUN --data SOURCE --candidates FILE --out FILE   candidate answers, the likeliest first
-    python eval.py compare RUN RUN ...                                   runs side by side, paired by query
+    python eval.py RUN [--data SOURCE] [--labels FILE]           eval.json, health.json, report.html
+    python eval.py codes RUN --data SOURCE --out FILE            the codes of every grid, a line a grid
+    python eval.py rank RUN --data SOURCE --candidates FILE --out FILE     candidates, the likeliest first
+    python eval.py compare RUN RUN ...                           runs side by side, paired by query
 
-A query stands for the unknown output of a given grid, after one or more demonstrations of its task. The pool is every
-distinct output of the tasks, ranked by its nearness to the query. The query of the model is z_hat. The query of a baseline
-is a copy of a grid, or the analogy given + out - in (the mean over the demonstrations), in an embedding that was not
-trained for it. Model and baselines have the same queries, the same pool and the same treatment of ties. Metrics about
-pairs (which task does a pair belong to, which properties has it) read (z_in, z_out, z_out - z_in).
+A query stands for the unknown output of a given grid, after one or more demonstrations of its task. The pool
+is every distinct output of the tasks, ranked by its nearness to the query. The model's query is z_hat. A
+baseline's query is a copy of a grid, or the analogy given + out - in (the mean over the demonstrations), in
+an embedding that was not trained for it. Model and baselines share the queries, the pool and the treatment of
+ties. Metrics of pairs (which task does a pair belong to, which properties does it have) read (z_in, z_out,
+z_out - z_in).
 
     W windows   P distinct outputs: the pool   G distinct grids   H hard negatives   T tasks   D width of z
-    n rows      k demonstrations               d width of any embedding              L labelings of pairs   C classes
+    n rows      k demonstrations               d width of any embedding       L labelings of pairs   C classes
 """
 import os
 import signal
@@ -20,24 +21,17 @@ import signal
 if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them at once, without a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import argparse
-import hashlib
-import json
 import math
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment, minimize_scalar
+from scipy.optimize import minimize_scalar
 from scipy.stats import kurtosis, skew
 from sklearn.linear_model import Ridge
-from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -46,88 +40,93 @@ from torch import Tensor
 
 import arc_data
 from arc_data import Windows
-from lejepa import CODE_SIZE, SIGREG_NULL, build, load_run, sigreg
+from lejepa import CODE_SIZE, SIGREG_NULL, sigreg
 
 RETRIEVAL = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "within_task")
 DEMONSTRATIONS = {"all_demonstrations": "ndcg10_without_out1", "all_demonstrations_r1": "r1_without_out1"}
 HARD = ("hard_ndcg10", "hard_r1")
 PAIRWISE = ("task_1nn", "probe_linear", "probe_knn", "probe_vote")
-METRICS = (*RETRIEVAL, *DEMONSTRATIONS, *HARD, *PAIRWISE)                 # of eval.json
-COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task", "all_demonstrations")  # the model's lead is given in these
-QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}   # weights of inputs, outputs, given
-LEARNED = (", trained", "bag of codes", "codes with boxes")               # ends of rows that use what was learned
-WINDOWS_OF_TASK = 400  # at most, a seeded sample; no task of ARC has more than 132
-SAMPLE = 4096          # windows behind an effective rank
-SIGREG_N = 192         # size of a sample that SIGReg is measured on: a step of the default run
-CHUNK = 1024           # queries ranked at once: CHUNK x P scores in memory
-TIE = 1e-5             # scores nearer than this are equal; rounding in fp32 stays ten times below it
+METRICS = (*RETRIEVAL, *DEMONSTRATIONS, *HARD, *PAIRWISE)  # of eval.json
+COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task", "all_demonstrations")  # those of the model's lead
+QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}  # weights of in, out, given
+LEARNED = (", trained", "bag of codes", "codes with boxes")  # ends of the baselines that use trained weights
+SAMPLE = 4096   # windows behind an effective rank
+SIGREG_N = 192  # size of a sample that SIGReg is measured on: a step of the default run
+CHUNK = 1024    # queries ranked at once: CHUNK x P scores in memory
+TIE = 1e-5      # scores nearer than this are equal; rounding in fp32 stays ten times below it
 
-
-# ---------------------------------------------------------------------------------------------- 1 ranks
+# -------------------------------------------------------------------------------- 1 ranks
 
 
 class Queries(NamedTuple):
     """A chunk of queries with equally many demonstrations."""
-
-    number: Tensor             # (n,) of the query
+    number: Tensor             # (n,) place among all queries
     context: Tensor            # (n, 2 k + 1) in1, out1, ..., ink, outk, given: positions in the grids
     shown: Tensor              # (n, k) columns of the demonstrations' outputs in the pool
     target: Tensor             # (n,) column of the target
     task: Tensor               # (n,)
     members: Tensor            # (T, P) bool: the distinct outputs of each task
-    own: Tensor | None = None  # (n, 4) hard negatives of each query, positions in the grids; -1 where there is none
+    own: Tensor | None = None  # (n, 4) hard negatives of each query in the grids; -1 where there is none
 
 
-Score = Callable[[Queries], tuple[Tensor, Tensor | float]]  # scores (n, P), and how near two of a row are equal
+# scores (n, P), and how near each other two scores of a row are equal
+Score = Callable[[Queries], tuple[Tensor, Tensor | float]]
+
+
+def pool_columns(windows: Windows) -> Tensor:
+    """(G,) the column of each grid in the pool; -1 for a grid that is no output."""
+    column = torch.full((len(windows.grids),), -1)
+    column[windows.outputs] = torch.arange(len(windows.outputs))
+    return column
 
 
 def window_queries(windows: Windows, rows: Tensor | None = None, own: Tensor | None = None) -> list[Queries]:
     """The windows (n,) named by `rows`, all by default, as queries with one demonstration."""
     index, task = torch.from_numpy(windows.index), torch.from_numpy(windows.task)
-    column = torch.full((len(windows.grids),), -1)
-    column[windows.outputs] = torch.arange(len(windows.outputs))
+    column = pool_columns(windows)[index]  # (W, 4)
     members = torch.zeros(len(windows.task_ids), len(windows.outputs), dtype=torch.bool)
-    members[task, column[index[:, 1]]] = members[task, column[index[:, 3]]] = True
-    chunks = (torch.arange(len(index)) if rows is None else rows).split(CHUNK)
-    return [Queries(i, index[i, :3], column[index[i, 1:2]], column[index[i, 3]], task[i], members,
-                    None if own is None else own[i]) for i in chunks]
+    members[task, column[:, 1]] = members[task, column[:, 3]] = True
+    chunks = []
+    for i in (torch.arange(len(index)) if rows is None else rows).split(CHUNK):
+        extra = None if own is None else own[i]
+        chunks.append(Queries(i, index[i, :3], column[i, 1:2], column[i, 3], task[i], members, extra))
+    return chunks
 
 
 def demonstration_queries(tasks: dict, windows: Windows) -> list[Queries]:
-    """Every test pair with an output, after all train pairs of its task; a chunk for each number of train pairs."""
+    """Every test pair with an output, after all train pairs of its task; a chunk has one number of them."""
     place = {(grid.shape, grid.tobytes()): i for i, grid in enumerate(windows.grids)}
-    column = torch.full((len(windows.grids),), -1)
-    column[windows.outputs] = torch.arange(len(windows.outputs))
-    members = torch.zeros(len(tasks), len(windows.outputs), dtype=torch.bool)
     rows = defaultdict(list)
     for number, task in enumerate(tasks.values()):
         shown = [place[grid.shape, grid.tobytes()] for pair in task.train for grid in pair]
-        for given, out in task.test:
-            if out is not None:
-                rows[len(shown)].append([*shown, *(place[grid.shape, grid.tobytes()] for grid in (given, out)), number])
-    chunks, count = [], 0
+        for pair in task.test:
+            if pair[1] is not None:
+                tested = [place[grid.shape, grid.tobytes()] for grid in pair]
+                rows[len(shown)].append([*shown, *tested, number])
+    column, chunks, count = pool_columns(windows), [], 0
+    members = torch.zeros(len(tasks), len(windows.outputs), dtype=torch.bool)
     for table in map(torch.tensor, rows.values()):
-        context, number = table[:, :-2], torch.arange(count, count + len(table))
-        chunks.append(Queries(number, context, column[context[:, 1::2]], column[table[:, -2]], table[:, -1], members))
-        count += len(table)
+        context, target, task = table[:, :-2], column[table[:, -2]], table[:, -1]
+        number = torch.arange(count, count := count + len(table))
+        chunks.append(Queries(number, context, column[context[:, 1::2]], target, task, members))
     return chunks
 
 
 def rank(score: Score, queries: list[Queries], temperature: float | None = None) -> dict[str, np.ndarray]:
     """Every retrieval metric of every query: metric -> (number of queries,).
 
-    score        gives (n, P), or (n, P + 4) with the query's own hard negatives last, which adds the metrics of HARD
+    score        gives (n, P), or (n, P + 4) with the hard negatives last, which adds the metrics of HARD
     temperature  adds nats: the cross-entropy of the target under softmax(scores / temperature)
 
-    A metric is its mean over the orders of the grids that tie. 'Without out1': the demonstrations' outputs leave the
-    pool, unless one is the target. Within-task: among the distinct outputs of the task, without out1 likewise, the
-    target is strictly first.
+    A metric is its mean over the orders of the grids that tie. 'Without out1': the demonstrations' outputs
+    leave the pool, unless one is the target. Within-task: among the distinct outputs of the task, without
+    out1 likewise, the target is strictly first.
     """
     parts = [rank_chunk(*score(chunk), chunk, temperature) for chunk in queries]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in (parts[0] if parts else ())}
 
 
-def rank_chunk(scores: Tensor, tie: Tensor | float, q: Queries, temperature: float | None) -> dict[str, Tensor]:
+def rank_chunk(scores: Tensor, tie, q: Queries, temperature: float | None) -> dict[str, Tensor]:
     rows, pool, result = torch.arange(len(scores)), q.members.shape[1], {}
     margin = scores - scores[rows, q.target, None]  # (n, P + 4)
     if q.own is not None:
@@ -152,22 +151,25 @@ def rank_metrics(above: Tensor, tied: Tensor) -> dict[str, Tensor]:
     above  (n,)  items that score higher      tied  (n,)  items that score the same, the relevant one included
     """
     ranks = torch.arange(1, int((above + tied).max()) + 1, dtype=torch.float64)
-    gains = {"ndcg10": (ranks <= 10) / torch.log2(ranks + 1), "r1": ranks == 1, "r2": ranks <= 2, "mrr": 1 / ranks}
-    sums = {name: torch.cat([ranks.new_zeros(1), gain.double().cumsum(0)]) for name, gain in gains.items()}
+    discounts = (ranks <= 10) / torch.log2(ranks + 1)
+    gains = {"ndcg10": discounts, "r1": ranks == 1, "r2": ranks <= 2, "mrr": 1 / ranks}
+    sums = {name: F.pad(gain.double().cumsum(0), (1, 0)) for name, gain in gains.items()}
     return {name: (total[above + tied] - total[above]) / tied for name, total in sums.items()}
 
 
 def best_temperature(score: Score, windows: Windows) -> float:
-    """The t at which softmax(scores / t) gives the targets the least cross-entropy, found on about CHUNK windows."""
-    sample, = window_queries(windows, torch.arange(0, len(windows.task), math.ceil(len(windows.task) / CHUNK)))
-    scores = score(sample)[0]
+    """The t of the least cross-entropy of the targets under softmax(scores / t), on about CHUNK windows."""
+    every = math.ceil(len(windows.task) / CHUNK)
+    sample, = window_queries(windows, torch.arange(0, len(windows.task), every))
+    scores, _ = score(sample)
     margin = scores - scores.gather(1, sample.target[:, None])
     unit = float(margin.abs().mean().clamp_min(1e-12))
     nats = lambda log_t: float(torch.logsumexp(margin / (unit * math.exp(log_t)), 1).mean())
-    return unit * math.exp(minimize_scalar(nats, bounds=(-10, 5), method="bounded", options={"xatol": 0.01}).x)
+    found = minimize_scalar(nats, bounds=(-10, 5), method="bounded", options={"xatol": 0.01})
+    return unit * math.exp(found.x)
 
 
-# ---------------------------------------------------------------------------------------------- 2 scores
+# -------------------------------------------------------------------------------- 2 scores
 
 
 def cosine(pool: Tensor) -> tuple[Callable, Callable, Callable]:
@@ -180,9 +182,10 @@ def cosine(pool: Tensor) -> tuple[Callable, Callable, Callable]:
 def euclidean(pool: Tensor) -> tuple[Callable, Callable, Callable]:
     """Scores in the order of the negative squared distance; a tie means the same in every embedding.
 
-    -|q - p|^2 / 2 is q . p - |p|^2 / 2 and a part that all items share. The mean of pool (P, d) is taken off first, for the
-    digits. Embeddings are rounded at the scale of their norm before that, so the norm has a part in the width of a tie: a
-    pool whose spread is under 1e-4 of its norm is one point, and all its items tie.
+    -|q - p|^2 / 2 is q . p - |p|^2 / 2 and a part that all items share. The mean of pool (P, d) is taken off
+    first, for the digits. Embeddings are rounded at the scale of their norm before that, so the norm has a
+    part in the width of a tie: a pool whose spread is under 1e-4 of its norm is one point, and all its items
+    tie.
     """
     middle, norm = pool.mean(0), pool.square().sum(1).mean()
     unit = (pool - middle).square().sum(1).mean() + 1e-3 * norm + 1e-30
@@ -195,7 +198,8 @@ def euclidean(pool: Tensor) -> tuple[Callable, Callable, Callable]:
 class Space:
     """Embeddings (G, d) of all grids and how they are compared; the scores of several embeddings are summed.
 
-    `measure` gives three functions of vectors: a score is the product of query(x) and item(y), tie(query) its tolerance.
+    `measure` gives three functions: a score is the product of query(x) and item(y); tie(query) is its
+    tolerance.
     """
 
     def __init__(self, outputs, *embeddings, measure: Callable = cosine):
@@ -210,7 +214,8 @@ class Space:
         def combine(x, context: Tensor) -> Tensor:
             roles = context[:, :-1:2], context[:, 1::2], context[:, -1:]
             return sum(w * x[role].mean(1) for w, role in zip(weights, roles) if w)
-        return lambda q: self.compare(torch.cat([query(combine(x, q.context)) for x, query, *_ in self.parts], 1), q)
+        queries = lambda q: torch.cat([query(combine(x, q.context)) for x, query, *_ in self.parts], 1)
+        return lambda q: self.compare(queries(q), q)
 
     def by_embedding(self, z_hat: Tensor) -> Score:
         """Scores of the queries z_hat (number of queries, d)."""
@@ -224,14 +229,14 @@ class Space:
         return scores, self.parts[0][3](query)
 
 
-def check_finite(*embeddings: Tensor) -> None:
+def check_finite(*embeddings: Tensor):
     if not all(bool(x.isfinite().all()) for x in embeddings):
         raise ValueError("embeddings hold nan or inf: there is nothing to rank")
 
 
 def retrieval(query: Tensor, pool: Tensor, windows: Windows, measure: Callable = euclidean,
               rows: Tensor | None = None) -> dict[str, np.ndarray]:
-    """`rank` for queries (n, D) of the windows `rows`, all by default, and embeddings (P, D) of windows.outputs."""
+    """`rank` for queries (n, D) of the windows `rows`, all by default, and embeddings (P, D) of the pool."""
     check_finite(query, pool)
     rows = torch.arange(len(windows.task)) if rows is None else rows
     every = torch.zeros(len(windows.task), query.shape[1]).index_copy(0, rows, query.float())
@@ -239,26 +244,26 @@ def retrieval(query: Tensor, pool: Tensor, windows: Windows, measure: Callable =
     return rank(space.by_embedding(every), window_queries(windows, rows))
 
 
-# ---------------------------------------------------------------------------------------------- 3 hard negatives
+# -------------------------------------------------------------------------------- 3 hard negatives
 
 
 class HardNegatives(NamedTuple):
     """What is added to the pool of each window, and of no other."""
-
     grids: list   # the grids of the windows, then H more
-    own: Tensor   # (W, 4) in grids: in2, the target with a cell changed, two colours swapped, mirrored; -1 for none
+    own: Tensor   # (W, 4) in2, the target with a cell changed, with colours swapped, mirrored; -1 for none
     rows: Tensor  # the windows that count: those with in2 other than out2
 
 
 def altered(grid: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """The grid with one cell set to another of its colours, with its two most frequent colours swapped, and mirrored."""
+    """The grid with a cell in another of its colours, its two most frequent colours swapped, and mirrored."""
     counts = np.bincount(grid.ravel(), minlength=10)
     if np.count_nonzero(counts) < 2:
         return [grid] * 3  # no such grid differs
     a, b = np.argsort(-counts, kind="stable")[:2]
     one, colours, cell = grid.copy(), np.flatnonzero(counts), rng.integers(grid.size)
     one.flat[cell] = rng.choice(colours[colours != grid.flat[cell]])
-    return [one, np.where(grid == a, b, np.where(grid == b, a, grid)).astype(grid.dtype), grid[:, ::-1]]
+    swapped = np.where(grid == a, b, np.where(grid == b, a, grid)).astype(grid.dtype)
+    return [one, swapped, grid[:, ::-1]]
 
 
 def hard_negatives(windows: Windows, seed: int = 0) -> HardNegatives:
@@ -268,9 +273,9 @@ def hard_negatives(windows: Windows, seed: int = 0) -> HardNegatives:
     of_target = np.full((len(grids), 3), -1)
     for target in windows.outputs:
         for i, grid in enumerate(altered(windows.grids[target], rng)):
-            if place.setdefault((grid.shape, grid.tobytes()), len(grids)) == len(grids):
+            of_target[target, i] = place.setdefault((grid.shape, grid.tobytes()), len(grids))
+            if of_target[target, i] == len(grids):
                 grids.append(grid)
-            of_target[target, i] = place[grid.shape, grid.tobytes()]
     own = np.column_stack([windows.index[:, 2], of_target[windows.index[:, 3]]])
     own[np.isin(own, windows.outputs)] = -1  # the target is in the pool as well
     for i in range(1, 4):
@@ -279,11 +284,11 @@ def hard_negatives(windows: Windows, seed: int = 0) -> HardNegatives:
     return HardNegatives(grids, torch.from_numpy(own), torch.from_numpy(rows))
 
 
-# ---------------------------------------------------------------------------------------------- 4 baselines
+# -------------------------------------------------------------------------------- 4 baselines
 
 
 class OneHot:
-    """Raw grids as an embedding (G, 9900): 30 x 30 cells of 11 colours, written out only for the grids in use."""
+    """Raw grids as an embedding (G, 9900): 30 x 30 cells of 11 colours, only for the grids in use."""
 
     def __init__(self, grids: list):
         self.cells = torch.from_numpy(arc_data.pad(grids)).flatten(1)
@@ -296,32 +301,35 @@ def features(grids: list[np.ndarray]) -> np.ndarray:
     """31 hand-made numbers a grid, (G, 31): size, colours, components (4-connected), symmetry."""
     cells = arc_data.pad(grids)
     labels = arc_data.components(cells, connectivity=4)
-    first = (labels.reshape(-1) == np.arange(labels.size)).reshape(cells.shape)  # the cell that names a component
+    first = labels == np.arange(labels.size).reshape(labels.shape)  # the cells that name components
     pieces = np.stack([(first & (cells == c)).sum((1, 2)) for c in range(10)], 1)  # (G, 10)
     shares = np.stack([(cells == c).sum((1, 2)) for c in range(10)], 1)
     shares = shares / shares.sum(1, keepdims=True)
-    rest = np.arange(len(grids)), arc_data.most_common_colour(cells)
+    background = np.arange(len(grids)), arc_data.most_common_colour(cells)
     height, width = np.array([grid.shape for grid in grids]).T
-    sizes = [height / 30, width / 30, height * width / 900, np.log(height * width) / 7, (shares > 0).sum(1) / 10]
-    counts = [np.log1p(pieces.sum(1)) / 7, np.log1p(pieces.sum(1) - pieces[rest]) / 7, 1 - shares[rest]]
-    return np.column_stack([*sizes, *counts, [symmetries(grid) for grid in grids], shares, np.log1p(pieces) / 5])
+    sizes = [height / 30, width / 30, height * width / 900, np.log(height * width) / 7]
+    colours = [(shares > 0).sum(1) / 10, np.log1p(pieces.sum(1)) / 7,
+               np.log1p(pieces.sum(1) - pieces[background]) / 7, 1 - shares[background]]
+    symmetric = [symmetries(grid) for grid in grids]
+    return np.column_stack([*sizes, *colours, symmetric, shares, np.log1p(pieces) / 5])
 
 
 def symmetries(grid: np.ndarray) -> tuple[float, float, float]:
     """Share of cells equal under up-down flip, left-right flip and transpose (0 if not square)."""
-    square = grid.shape[0] == grid.shape[1]
-    return (grid == grid[::-1]).mean(), (grid == grid[:, ::-1]).mean(), (grid == grid.T).mean() if square else 0.0
+    transpose = (grid == grid.T).mean() if grid.shape[0] == grid.shape[1] else 0.0
+    return (grid == grid[::-1]).mean(), (grid == grid[:, ::-1]).mean(), transpose
 
 
 def symbol_bag(codes: list, boxes: bool, width: int = 1024) -> Tensor:
-    """The symbols of each grid, (G, width): a sum over its objects of random features, from what model.codes gave.
+    """The symbols of each grid, (G, width), from model.codes: a sum over its objects of random features.
 
-    The product of two objects' features averages the share of codes that they have in common, times, with `boxes`,
-    exp(-|box - box'|^2 / 2 (3 cells)^2).
+    The product of two objects' features averages the share of codes that they have in common, times, with
+    `boxes`, exp(-|box - box'|^2 / 2 (3 cells)^2).
     """
     random, positions = torch.Generator().manual_seed(0), codes[0][0].shape[1]
     tables = torch.randn(positions, CODE_SIZE, width, generator=random) / (positions * width) ** 0.5
-    waves, phase = torch.randn(4, width, generator=random) / 3, 2 * math.pi * torch.rand(width, generator=random)
+    waves = torch.randn(4, width, generator=random) / 3
+    phase = 2 * math.pi * torch.rand(width, generator=random)
     bags = []
     for code, box in codes:
         x = sum(table[column] for table, column in zip(tables, code.T))
@@ -330,7 +338,7 @@ def symbol_bag(codes: list, boxes: bool, width: int = 1024) -> Tensor:
 
 
 def principal(x: Tensor, width: int) -> Tensor:
-    """The first `width` principal components of x (n, d); x itself where it is no wider. No baseline is wider than z."""
+    """The first `width` principal components of x (n, d); x itself where it is no wider."""
     if x.shape[1] <= width:
         return x
     x = x - x.mean(0)
@@ -343,23 +351,33 @@ def raw_spaces(grids: list, outputs: np.ndarray) -> dict[str, Space]:
     """The embeddings that need no model."""
     raw, x = OneHot(grids), features(grids)
     x = torch.from_numpy((x - x[outputs].mean(0)) / np.maximum(x[outputs].std(0), 1e-9)).float()
-    shares = torch.tensor(np.array([np.bincount(grid.ravel(), minlength=10) / grid.size for grid in grids])).float()
-    return {"raw": Space(outputs, raw), "31 features": Space(outputs, x), "colour histogram": Space(outputs, shares),
-            "raw + 31 features": Space(outputs, raw, x)}
+    histogram = np.array([np.bincount(grid.ravel(), minlength=10) / grid.size for grid in grids])
+    return {"raw": Space(outputs, raw), "31 features": Space(outputs, x),
+            "raw + 31 features": Space(outputs, raw, x),
+            "colour histogram": Space(outputs, torch.from_numpy(histogram).float())}
 
 
-# ---------------------------------------------------------------------------------------------- 5 pairs and probes
+def baseline_spaces(untrained, grids: list, outputs: np.ndarray, z: Tensor, codes: list) -> dict[str, Space]:
+    """Every embedding that is compared without a predictor."""
+    spaces = raw_spaces(grids, outputs)
+    if codes[0][0].shape[1]:  # the model has codes
+        spaces["bag of codes"] = Space(outputs, symbol_bag(codes, boxes=False))
+        spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
+    spaces["untrained"] = Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)
+    return spaces | {"trained": Space(outputs, z, measure=euclidean)}
+
+
+# -------------------------------------------------------------------------------- 5 pairs and probes
 
 FOLDS = 10
-NEIGHBOURS, WARMTH = 20, 0.07                       # k-NN: cosine, weights exp(s / 0.07)
-STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)            # of the ridge, in units of a standardised feature's variance
+NEIGHBOURS, WARMTH = 20, 0.07             # k-NN: cosine, weights exp(s / 0.07)
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of the ridge, in units of a standardised feature's variance
 PROPERTIES = ("output symmetric up-down", "output symmetric left-right", "output symmetric over its diagonal",
               "same shape", "output smaller", "output larger", "output recoloured")
 
 
 class Pairs(NamedTuple):
     """The distinct pairs of tasks that have two, and their classes."""
-
     index: np.ndarray  # (n, 2) positions of input and output in the grids
     task: np.ndarray   # (n,)
     y: np.ndarray      # (n, L) class of each pair in each labeling; -1 for none
@@ -389,7 +407,7 @@ def find_pairs(windows: Windows, labels: dict[str, str] | None = None) -> Pairs:
 
 
 def probed(pairs: Pairs) -> Pairs:
-    """The pairs with a class, and the labelings of more than one class; nothing if these are of fewer than three tasks."""
+    """The pairs with a class and the labelings of more than one class; nothing for fewer than three tasks."""
     rows = (pairs.y >= 0).all(1)
     enough = len(np.unique(pairs.task[rows])) > 2
     used = [j for j, column in enumerate(pairs.y.T) if enough and len(np.unique(column[rows])) > 1]
@@ -402,9 +420,10 @@ def pair_features(x: Tensor, pairs: Pairs) -> Tensor:
 
 
 def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the pair nearest by cosine of f (n, d) is of the same task (or the share of those tied), and the tasks.
+    """Whether the nearest pair by cosine of f (n, d) is of the same task (or the share of ties); the tasks.
 
-    Pairs that share a grid with a pair are no neighbours of it; a pair whose task has no other neighbour is left out.
+    Pairs that share a grid with a pair are no neighbours of it; a pair whose task has no other neighbour is
+    left out.
     """
     f = F.normalize(f - f.mean(0), dim=1, eps=1e-30)
     given, out, task = (torch.from_numpy(x.copy()) for x in (*pairs.index.T, pairs.task))
@@ -421,10 +440,10 @@ def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> np.ndarray:
-    """Classes (n', L) of `asked` (n', d) by ridge regression from f (n, d) to the classes y (n, L), all standardised by f.
+    """Classes (n', L) of `asked` (n', d) by ridge regression from standardised f (n, d) to classes y (n, L).
 
-    A score's threshold lies halfway between the mean training scores of a class and of the others, so that rare classes
-    count as much as common ones.
+    A score's threshold lies halfway between the mean training scores of a class and of the others, so that
+    rare classes count as much as common ones.
     """
     hot = (y[:, :, None] == np.arange(y.max() + 1)).astype(float)  # (n, L, C)
     probe = make_pipeline(StandardScaler(), Ridge(strength * len(f))).fit(f, hot.reshape(len(f), -1))
@@ -437,10 +456,10 @@ def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> n
 
 
 def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """`ridge`, for each labeling with the strength that is best on a fifth of the training tasks after a fit to the others."""
+    """`ridge` with the strength that is best, for each labeling, on a fifth of the training tasks."""
     check = np.isin(task, np.unique(task)[::5])
     tried = [ridge(f[~check], y[~check], f[check], strength) for strength in STRENGTHS]
-    best = np.argmax([[balanced(*pair).mean() for pair in zip(t.T, y[check].T)] for t in tried], 0)  # (L,)
+    best = np.argmax([[balanced(a, b).mean() for a, b in zip(t.T, y[check].T)] for t in tried], 0)  # (L,)
     answers = {i: ridge(f, y, asked, STRENGTHS[i]) for i in set(best)}
     return np.stack([answers[i][:, j] for j, i in enumerate(best)], 1)
 
@@ -448,12 +467,12 @@ def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarr
 def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     weights = lambda distance: np.exp((1 - distance) / WARMTH)
     votes = KNeighborsClassifier(min(NEIGHBOURS, len(y)), metric="cosine", weights=weights)
-    chosen = make_pipeline(StandardScaler(with_std=False), votes).fit(f, y.squeeze()).predict(asked)
-    return chosen.reshape(len(asked), -1)
+    probe = make_pipeline(StandardScaler(with_std=False), votes)
+    return probe.fit(f, y.squeeze(1) if y.shape[1] == 1 else y).predict(asked).reshape(len(asked), -1)
 
 
 def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """Classes (n, L) of pairs with features f (n, d), by a probe that learns from other folds. A fold holds whole tasks."""
+    """Classes (n, L) of pairs with features f (n, d), by a probe fitted to other folds of whole tasks."""
     chosen = np.empty_like(y)
     folds = GroupKFold(min(FOLDS, len(np.unique(task))), shuffle=True, random_state=0)
     for train, test in folds.split(f, groups=task):
@@ -480,7 +499,7 @@ def majority(y: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def pair_metrics(x: Tensor, pairs: Pairs) -> tuple[dict, dict]:
-    """PAIRWISE metrics of embeddings x (G, d), a value a pair (a task, for the vote), and the probes' means by labeling.
+    """PAIRWISE metrics of x (G, d), a value a pair (a task, for the vote), and the probes by labeling.
 
     The value of a probe is its `balanced` accuracy, averaged over the labelings.
     """
@@ -488,22 +507,25 @@ def pair_metrics(x: Tensor, pairs: Pairs) -> tuple[dict, dict]:
     pairs = probed(pairs)
     if not pairs.names:
         return values, {}
-    f, y, group = pair_features(x, pairs).double().numpy(), pairs.y, np.unique(pairs.task, return_inverse=True)[1]
-    votes = cross_predict(knn_probe, f, y, group)
-    answers = {"probe_linear": (cross_predict(linear_probe, f, y, group), y), "probe_knn": (votes, y),
-               "probe_vote": (majority(votes, group), majority(y, group))}
-    each = {name: np.stack([balanced(*columns) for columns in zip(a.T, b.T)]) for name, (a, b) in answers.items()}
-    means = {label: {name: float(rows[j].mean()) for name, rows in each.items()} for j, label in enumerate(pairs.names)}
-    return values | {name: rows.mean(0) for name, rows in each.items()}, means
+    f, y = pair_features(x, pairs).double().numpy(), pairs.y
+    task = np.unique(pairs.task, return_inverse=True)[1]
+    votes = cross_predict(knn_probe, f, y, task)
+    answers = {"probe_linear": (cross_predict(linear_probe, f, y, task), y), "probe_knn": (votes, y),
+               "probe_vote": (majority(votes, task), majority(y, task))}
+    each = {name: np.stack([balanced(a, b) for a, b in zip(chosen.T, truth.T)])
+            for name, (chosen, truth) in answers.items()}
+    by_label = {label: {name: float(rows[j].mean()) for name, rows in each.items()}
+                for j, label in enumerate(pairs.names)}
+    return values | {name: rows.mean(0) for name, rows in each.items()}, by_label
 
 
-# ---------------------------------------------------------------------------------------------- 6 intervals
+# -------------------------------------------------------------------------------- 6 intervals
 
 
-def bootstrap_ci(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_ci(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
     """95 % bootstrap interval of the mean of values (n,), drawing whole tasks (n,) with replacement.
 
-    Windows of one task are not independent. The mean of a draw is a ratio of sums, as tasks differ in their windows.
+    Windows of one task are not independent. The mean of a draw is a ratio of sums, as tasks differ in size.
     """
     _, task = np.unique(task, return_inverse=True)
     sums, counts = np.bincount(task, values), np.bincount(task)  # (T,)
@@ -513,23 +535,233 @@ def bootstrap_ci(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: 
 
 
 def paired_ci(a: np.ndarray, b: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
-    """Mean of a - b (n,) and its interval: both are drawn on the same tasks, so what is hard for both cancels."""
+    """Mean of a - b (n,) and its interval. Draws are of the same tasks: what is hard for both cancels."""
     return float(np.mean(a - b)), *bootstrap_ci(a - b, task, draws, seed)
 
 
-# ---------------------------------------------------------------------------------------------- 7 health
+# -------------------------------------------------------------------------------- 7 health
 
 
-def contexts(windows: Windows, rows: np.ndarray, pair_from: np.ndarray | None = None) -> list[tuple]:
-    """(in1, out1, in2) of the windows `rows` (n,); (in1, out1) of the windows `pair_from` (n,), if given."""
-    index = windows.index[rows, :3].copy()
+def spectrum(z: Tensor) -> Tensor:
+    """Eigenvalues (D,), rising, of the covariance of z (n, D) + 1e-6 I."""
+    z = z.double()
+    return torch.linalg.eigvalsh(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)).clamp_min(0)
+
+
+def effective_rank(z: Tensor) -> float:
+    """How many directions z (n, D) uses: exp of the entropy of the covariance's eigenvalues, 1 to D."""
+    values = spectrum(z)
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+def embedding_health(z: Tensor) -> dict[str, float]:
+    """Effective rank, variance, isotropy and Gaussian score of z (n, D), as in the recorded runs; SIGReg.
+
+    SIGReg is the mean over samples of SIGREG_N rows, as away from N(0, I) it grows with the size of a sample.
+    """
+    values, x, size = spectrum(z), z.double().numpy(), min(SIGREG_N, len(z))
+    off = np.nan_to_num(np.abs([skew(x), kurtosis(x)]), nan=3.0).mean(1).sum()  # both are 0 for a Gaussian
+    directions = torch.randn(256, z.shape[1], generator=torch.Generator().manual_seed(0))
+    views = z[:len(z) // size * size].view(-1, size, z.shape[1])
+    tested = float(sigreg(views, F.normalize(directions, dim=1).T))
+    return {"effective_rank": effective_rank(z), "variance": float(x.var(0).mean()),
+            "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)),
+            "gaussian_score": float(1 / (1 + off)),
+            "sigreg_over_null": tested / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
+
+
+def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
+    """All that the quantizer reads of each token (n,), as one number, and the tokens."""
+    tokens = arc_data.tokenise(grids)
+    whole = np.isin(np.arange(len(tokens.shape)), tokens.start)
+    return (tokens.shape * 10 + tokens.colour) * 2 + whole, tokens
+
+
+def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:
+    """How evenly codes (n, n_codes) below `size` are used; inputs (n,) identify what a row encodes.
+
+    codes_usage       lowest share of the codes in use, over code positions
+    codes_perplexity  exp(entropy) / size, mean over positions: 1 is uniform, 0.96 a uniform draw of 12.5 size
+    codes_ceiling     the highest exp(entropy) / size that any function of the inputs could reach
+    codes_n           n
+    """
+    codes = np.asarray(codes)
+    if codes.shape[1] == 0:  # a model without codes
+        return dict.fromkeys(("codes_usage", "codes_perplexity", "codes_ceiling")) | {"codes_n": len(codes)}
+    if len(codes) == 0 or codes.min() < 0 or codes.max() >= size:
+        raise ValueError(f"codes must be at least one row of numbers from 0 to {size - 1}")
+    counts = [np.bincount(column, minlength=size) for column in codes.T]
+    return {"codes_usage": min(float((c > 0).mean()) for c in counts),
+            "codes_perplexity": float(np.mean([perplexity(c) for c in counts]) / size),
+            "codes_ceiling": code_ceiling(np.unique(inputs, return_counts=True)[1], size),
+            "codes_n": len(codes)}
+
+
+def perplexity(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / np.sum(counts)
+    return math.exp(-(share * np.log(share)).sum())
+
+
+def code_ceiling(counts: np.ndarray, size: int) -> float:
+    """Highest exp(entropy) / size of a code with `size` values, for inputs that occur `counts` times.
+
+    A function gives all occurrences of an input one code. While the heaviest input left outweighs an even
+    share of the codes left, it takes a code of its own; the others are spread evenly over the rest, as if
+    they could be cut.
+    """
+    heaviest, left, own = np.sort(counts)[::-1], int(np.sum(counts)), 0
+    while own < len(heaviest) and heaviest[own] * (size - own) > left:  # integers: no rounding decides
+        left -= int(heaviest[own])
+        own += 1
+    even = np.full(size - own, left / max(size - own, 1))
+    return perplexity(np.concatenate([heaviest[:own], even])) / size
+
+
+def kept_codes(model, grids: list, before: list, colours: np.ndarray, symmetry: int) -> float | None:
+    """Share of objects that keep all codes when grids get `colours` (10,) and turn by symmetry 0, 1 or 4.
+
+    `before` is what model.codes gave for the grids. Objects are found again by their box; those that share a
+    box, or come or go because another colour is the background now, are left out.
+    """
+    changed = model.codes([np.ascontiguousarray(arc_data.turn(colours[grid], symmetry)) for grid in grids])
+    kept = []
+    for grid, (codes, boxes), (new_codes, new_boxes) in zip(grids, before, changed):
+        top, left, height, width = boxes[1:].T
+        moved = {0: [top, left, height, width], 1: [left, top, width, height],
+                 4: [top, grid.shape[1] - left - width, height, width]}[symmetry]
+        moved, again = torch.stack(moved, 1).tolist(), new_boxes[1:].tolist()
+        place = {tuple(box): i for i, box in enumerate(moved, 1) if moved.count(box) == 1}
+        for i, box in enumerate(again, 1):
+            if tuple(box) in place and again.count(box) == 1:
+                kept.append(torch.equal(codes[place[tuple(box)]], new_codes[i]))
+    return float(np.mean(kept)) if kept else None
+
+
+def code_health(model, grids: list, found: list) -> dict:
+    """Use of the codes by occurrence and by distinct object, and which changes of a grid they survive."""
+    ids, _ = object_ids(grids)
+    codes, result = torch.cat([codes for codes, _ in found]).numpy(), {}
+    if not codes.shape[1]:
+        return result
+    _, distinct = np.unique(ids, return_index=True)
+    for name, rows in (("occurrence", np.arange(len(ids))), ("distinct", distinct)):
+        statistics = code_statistics(codes[rows], CODE_SIZE, ids[rows])
+        top = max(np.bincount(column).max() for column in codes[rows].T)
+        statistics["codes_top_share"] = float(top / len(rows))
+        result |= {f"{key}_by_{name}": value for key, value in statistics.items()}
+    same, other = np.arange(10, dtype=np.int8), np.random.default_rng(0).permutation(10).astype(np.int8)
+    for name, colours, symmetry in (("recoloured", other, 0), ("mirrored", same, 4), ("transposed", same, 1)):
+        result[f"codes_kept_when_{name}"] = kept_codes(model, grids, found, colours, symmetry)
+    return result
+
+
+# -------------------------------------------------------------------------------- 8 the evaluation
+
+
+class Evaluation(NamedTuple):
+    """The record of an evaluation: eval.json and health.json are parts of it, result.json is a selection."""
+    data: dict     # source, tasks, windows, candidates, shared_with_training, notes
+    metrics: dict  # {metric: {"model": x, "baselines": {row: x}, "interval": [low, high], "n": count}}
+    health: dict   # cross_entropy, probes, shuffled context, prediction, context, target, codes, lead
+    windows: Windows
+    z: Tensor      # (G, D)
+    z_hat: Tensor  # (W, D)
+    codes: list    # what model.codes gives for the grids
+    pairs: Pairs
+    labels: dict | None
+    values: dict   # the model's value of every query, and the task of each: {metric: (values, tasks)}
+
+
+@torch.no_grad()
+def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | None = None,
+             shared: int | None = None, progress: Callable = lambda line: None) -> Evaluation:
+    """Every metric of a frozen model and of every baseline by the same code, and the model's health.
+
+    untrained  the same model before training; None leaves all baselines out
+    labels     {task id: class name} to probe for instead of PROPERTIES
+    shared     how many of the tasks share a pair with the training tasks, where known
+    """
+    windows = arc_data.make_windows(tasks)
+    if not len(windows.task):
+        raise ValueError(f"{source or 'the data'}: no task has two pairs with outputs")
+    hard, pairs = hard_negatives(windows), find_pairs(windows, labels)
+    queries, tests = window_queries(windows, own=hard.own), demonstration_queries(tasks, windows)
+    outputs, count = windows.outputs, len(windows.grids)
+    progress(f"evaluating {len(windows.task)} windows of {len(tasks)} tasks")
+    z, codes = model.embed(hard.grids).float().cpu(), model.codes(hard.grids)
+    z_hat = model.predict(contexts(windows)).float().cpu()
+    shown = [tuple(windows.grids[i] for i in context) for q in tests for context in q.context.tolist()]
+    z_tests = model.predict(shown).float().cpu()
+    check_finite(z, z_hat, z_tests)
+
+    def answer(score: Score, of_tests: Score | None = None, nats: bool = True) -> dict:
+        found = rank(score, queries, best_temperature(score, windows) if nats else None)
+        found |= {metric: found[metric][hard.rows] for metric in HARD}
+        tested = rank(of_tests or score, tests)
+        return found | {metric: tested[name] for metric, name in DEMONSTRATIONS.items() if tested}
+
+    own, rows, probes = Space(outputs, z, measure=euclidean), {}, {}
+    rows["model"], probes["model"] = pair_metrics(z, pairs)
+    rows["model"] |= answer(own.by_embedding(z_hat), own.by_embedding(z_tests))
+    spaces = {} if untrained is None else baseline_spaces(untrained, hard.grids, outputs, z, codes)
+    for name, space in spaces.items():
+        progress(f"evaluating baselines: {name}")
+        for query, weights in QUERIES.items():
+            rows[f"{query}, {name}"] = answer(space.by_weights(weights), nats=query == "analogy")
+        if len(space.parts) == 1 and name != "trained":  # pairs in z itself are the model's row
+            x = principal(space.parts[0][0][torch.arange(count)], z.shape[1])  # no wider than z
+            rows[name], probes[name] = pair_metrics(x, pairs)
+    if spaces:
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        rows["chance"] = answer(Space(outputs, noise, measure=euclidean).by_weights((1, 0, 0)), nats=False)
+        rows["chance"]["task_1nn"] = nearest_task(pair_features(noise, pairs), pairs)[0]
+        rows["majority"] = majority_metrics(pairs)
+
+    task_of = dict.fromkeys((*RETRIEVAL, "nats"), windows.task) | dict.fromkeys(HARD, windows.task[hard.rows])
+    task_of |= dict.fromkeys(DEMONSTRATIONS, np.concatenate([[], *(q.task.numpy() for q in tests)]))
+    task_of |= dict.fromkeys(PAIRWISE, probed(pairs).task) | {"probe_vote": np.unique(probed(pairs).task)}
+    task_of["task_1nn"] = nearest_task(pair_features(z, pairs), pairs)[1]
+    metrics = {metric: summarise(rows, metric, task_of[metric]) for metric in METRICS}
+    lead = {row: {metric: paired_ci(rows["model"][metric], values[metric], task_of[metric])
+                  for metric in COMPARED if metric in values}
+            for row, values in rows.items() if row != "model" and "ndcg10" in values}
+    nats = summarise(rows, "nats", windows.task) | {"ln_pool": math.log(len(outputs))}
+    health = {"cross_entropy": nats, "probes": probes, "lead": lead} | model_health(model, windows, z, z_hat)
+    health["codes"] = code_health(model, windows.grids, codes[:count])
+    data = {"source": source, "tasks": len(tasks), "windows": len(windows.task), "candidates": len(outputs),
+            "shared_with_training": shared, "notes": notes(tasks, windows, labels, shared)}
+    values = {metric: (rows["model"][metric], task_of[metric]) for metric in METRICS if metrics[metric]["n"]}
+    return Evaluation(data, metrics, health, windows, z[:count], z_hat, codes[:count], pairs, labels, values)
+
+
+def majority_metrics(pairs: Pairs) -> dict[str, np.ndarray]:
+    """The balanced accuracy of the most frequent class: one of the classes is right."""
+    classes = np.array([len(np.unique(column)) for column in probed(pairs).y.T])
+    return dict.fromkeys(PAIRWISE[1:], np.array([np.mean(1 / classes)])) if len(classes) else {}
+
+
+def model_health(model, windows: Windows, z: Tensor, z_hat: Tensor) -> dict:
+    """Prediction error, retrieval with another task's demonstration, and the health of context and target."""
+    target = z[windows.index[:, 3]]
+    result = {"prediction": float((z_hat - target).square().mean()), "shuffled_ndcg10_without_out1": None}
+    if len(np.unique(windows.task)) > 1:
+        shuffled = model.predict(contexts(windows, pair_from=shuffle_context(windows))).float().cpu()
+        ranked = retrieval(shuffled, z[windows.outputs], windows)
+        result["shuffled_ndcg10_without_out1"] = float(ranked["ndcg10_without_out1"].mean())
+    sample = np.random.default_rng(0).permutation(len(z_hat))[:SAMPLE]
+    return result | {"context": embedding_health(z_hat[sample]), "target": embedding_health(target[sample])}
+
+
+def contexts(windows: Windows, rows: np.ndarray | None = None, pair_from: np.ndarray | None = None) -> list:
+    """(in1, out1, in2) of the windows `rows`, all by default; (in1, out1) of the windows `pair_from`."""
+    index = windows.index[slice(None) if rows is None else rows, :3].copy()
     if pair_from is not None:
         index[:, :2] = windows.index[pair_from, :2]
     return [tuple(windows.grids[i] for i in context) for context in index]
 
 
 def shuffle_context(windows: Windows, seed: int = 0) -> np.ndarray:
-    """(W,) for each window the number of a window of another task whose (in1, out1) takes the place of its own.
+    """(W,) for each window a window of another task, whose (in1, out1) takes the place of its own.
 
     Tasks stand in one seeded ring and each takes from the next. Raises ValueError for a single task.
     """
@@ -545,251 +777,38 @@ def shuffle_context(windows: Windows, seed: int = 0) -> np.ndarray:
     return order[start[taken] + rng.integers(counts[taken])]
 
 
-def spectrum(z: Tensor) -> Tensor:
-    """Eigenvalues (D,), rising, of the covariance of z (n, D) + 1e-6 I."""
-    z = z.double()
-    return torch.linalg.eigvalsh(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)).clamp_min(0)
-
-
-def effective_rank(z: Tensor) -> float:
-    """How many directions embeddings z (n, D) use: exp of the entropy of the covariance's eigenvalues, 1 to D."""
-    values = spectrum(z)
-    return float(torch.special.entr(values / values.sum()).sum().exp())
-
-
-def embedding_health(z: Tensor) -> dict[str, float]:
-    """Effective rank, variance, isotropy and Gaussian score of z (n, D) as the recorded runs defined them, and SIGReg.
-
-    SIGReg is the mean over samples of SIGREG_N rows, as away from N(0, I) it grows with the size of a sample.
-    """
-    values, x, size = spectrum(z), z.double().numpy(), min(SIGREG_N, len(z))
-    off = np.nan_to_num(np.abs([skew(x), kurtosis(x)]), nan=3.0).mean(1).sum()  # both are 0 for a Gaussian
-    directions = torch.randn(256, z.shape[1], generator=torch.Generator().manual_seed(0))
-    tested = sigreg(z[:len(z) // size * size].view(-1, size, z.shape[1]), F.normalize(directions, dim=1).T)
-    return {"effective_rank": effective_rank(z), "variance": float(x.var(0).mean()),
-            "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)), "gaussian_score": float(1 / (1 + off)),
-            "sigreg_over_null": float(tested) / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
-
-
-def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
-    """All that the quantizer reads of each token (n,), as one number, and the tokens."""
-    tokens = arc_data.tokenise(grids)
-    whole = np.isin(np.arange(len(tokens.shape)), tokens.start)
-    return (tokens.shape * 10 + tokens.colour) * 2 + whole, tokens
-
-
-def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:
-    """How evenly a code is used, and how evenly it could be.
-
-    codes    (n, n_codes)  int64 in [0, size)
-    inputs   (n,)          int64 identity of what each row's codes were computed from
-    returns  codes_usage       lowest share of the codes in use, over code positions
-             codes_perplexity  exp(entropy) / size, mean over code positions: 1 is uniform, 0.96 a uniform draw of 12.5 size
-             codes_ceiling     the highest exp(entropy) / size that any function of the input could reach
-             codes_n           n
-    """
-    codes = np.asarray(codes)
-    if codes.shape[1] == 0:  # a model without codes
-        return dict.fromkeys(("codes_usage", "codes_perplexity", "codes_ceiling")) | {"codes_n": len(codes)}
-    if len(codes) == 0 or codes.min() < 0 or codes.max() >= size:
-        raise ValueError(f"codes must be at least one row of numbers from 0 to {size - 1}")
-    counts = [np.bincount(column, minlength=size) for column in codes.T]
-    return {"codes_usage": min(float((c > 0).mean()) for c in counts),
-            "codes_perplexity": float(np.mean([perplexity(c) for c in counts]) / size),
-            "codes_ceiling": code_ceiling(np.unique(inputs, return_counts=True)[1], size), "codes_n": len(codes)}
-
-
-def perplexity(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / np.sum(counts)
-    return math.exp(-(share * np.log(share)).sum())
-
-
-def code_ceiling(counts: np.ndarray, size: int) -> float:
-    """Highest exp(entropy) / size of a code with `size` values, for inputs that occur `counts` times.
-
-    A function gives all occurrences of an input one code. While the heaviest input left outweighs an even share of the codes
-    left, it takes a code of its own; the others are spread evenly over the rest, as if they could be cut at will.
-    """
-    heaviest, left, own = np.sort(counts)[::-1], int(np.sum(counts)), 0
-    while own < len(heaviest) and heaviest[own] * (size - own) > left:  # in whole numbers: no rounding decides
-        left -= int(heaviest[own])
-        own += 1
-    even = np.full(size - own, left / max(size - own, 1))
-    return perplexity(np.concatenate([heaviest[:own], even])) / size
-
-
-def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Adjusted mutual information of the codes (n, n_codes) that two models give the same objects; 0 is chance, 1 a renaming.
-
-    The positions of one model are matched one to one with those of the other, where they agree most; the mean of these.
-    """
-    shared = np.array([[adjusted_mutual_info_score(x, y) for y in b.T] for x in a.T])
-    return float(shared[linear_sum_assignment(-shared)].mean())
-
-
-def kept_codes(model, grids: list, before: list, change: Callable, turn: Callable) -> float | None:
-    """Share of objects that keep all their codes when their grids change; `before` is what model.codes gave for the grids.
-
-    `change` alters a grid, `turn` the boxes (n, 4) of a grid (height, width) with it. Objects are found again by their box;
-    those that share a box, or come or go because another colour is the background now, are left out.
-    """
-    kept = []
-    for grid, (codes, boxes), (new_codes, new_boxes) in zip(grids, before, model.codes([change(g) for g in grids])):
-        moved, again = turn(boxes[1:], *grid.shape).tolist(), new_boxes[1:].tolist()
-        place = {tuple(box): i for i, box in enumerate(moved) if moved.count(box) == 1}
-        found = [(place[tuple(box)], i) for i, box in enumerate(again) if tuple(box) in place and again.count(box) == 1]
-        kept += [torch.equal(codes[1 + i], new_codes[1 + j]) for i, j in found]
-    return float(np.mean(kept)) if kept else None
-
-
-def code_health(model, grids: list, found: list) -> dict:
-    """Usage, perplexity, ceiling and top share, by occurrence and by distinct object; and which changes codes survive."""
-    ids, _ = object_ids(grids)
-    codes, result = torch.cat([codes for codes, _ in found]).numpy(), {}
-    if not codes.shape[1]:
-        return result
-    for name, rows in (("occurrence", np.arange(len(ids))), ("distinct", np.unique(ids, return_index=True)[1])):
-        statistics = code_statistics(codes[rows], CODE_SIZE, ids[rows])
-        statistics["codes_top_share"] = max(float(np.bincount(column).max() / len(rows)) for column in codes[rows].T)
-        result |= {f"{key}_by_{name}": value for key, value in statistics.items()}
-    colours = np.random.default_rng(0).permutation(10).astype(np.int8)
-    mirror = lambda box, height, width: torch.stack([box[:, 0], width - box[:, 1] - box[:, 3], *box.T[2:]], 1)
-    changes = {"recoloured": (lambda grid: colours[grid], lambda box, height, width: box),
-               "mirrored": (lambda grid: grid[:, ::-1].copy(), mirror),
-               "transposed": (lambda grid: grid.T.copy(), lambda box, height, width: box[:, [1, 0, 3, 2]])}
-    return result | {f"codes_kept_when_{name}": kept_codes(model, grids, found, *how) for name, how in changes.items()}
-
-
-# ---------------------------------------------------------------------------------------------- 8 the evaluation
-
-
-class Evaluation(NamedTuple):
-    """The one record of an evaluation: eval.json and health.json are parts of it, result.json is a selection."""
-
-    data: dict     # source, tasks, windows, candidates, shared_with_training, notes
-    metrics: dict  # {metric: {"model": value, "baselines": {row: value}, "interval": [low, high], "n": count}}
-    health: dict   # cross_entropy, probes, shuffled_ndcg10_without_out1, prediction, context, target, codes, lead
-    windows: Windows
-    z: Tensor      # (G, D)
-    z_hat: Tensor  # (W, D)
-    codes: list    # what model.codes gives for the grids
-    pairs: Pairs
-    labels: dict | None
-    values: dict   # the model's value of each query, and the task of each: {metric: (values, tasks)}
-
-
-@torch.no_grad()
-def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | None = None, shared: int | None = None,
-             progress: Callable = lambda line: None) -> Evaluation:
-    """Every metric of a frozen model and of every baseline by the same code, and the model's health.
-
-    untrained  the same model before training; None leaves all baselines out
-    labels     {task id: class name} to probe for instead of PROPERTIES
-    shared     how many of the tasks share a pair with the training tasks, where known
-    """
-    windows = arc_data.make_windows(tasks, most=WINDOWS_OF_TASK)
-    if not len(windows.task):
-        raise ValueError(f"{source or 'the data'}: no task has two pairs with outputs, and every metric needs them")
-    hard, pairs, tests = hard_negatives(windows), find_pairs(windows, labels), demonstration_queries(tasks, windows)
-    queries, count, outputs = window_queries(windows, own=hard.own), len(windows.grids), windows.outputs
-    every = np.arange(len(windows.task))
-    progress(f"evaluating {len(every)} windows of {len(tasks)} tasks: embeddings")
-    z, codes = model.embed(hard.grids).float().cpu(), model.codes(hard.grids)
-    z_hat = model.predict(contexts(windows, every)).float().cpu()
-    asked = [tuple(windows.grids[i] for i in context) for q in tests for context in q.context.tolist()]
-    z_tests = model.predict(asked).float().cpu()
-    check_finite(z, z_hat, z_tests)
-
-    def answer(score: Score, of_tests: Score | None = None, with_nats: bool = True) -> dict:
-        found = rank(score, queries, best_temperature(score, windows) if with_nats else None)
-        tested = rank(of_tests or score, tests)
-        found |= {metric: found[metric][hard.rows] for metric in HARD}
-        return found | {metric: tested[name] for metric, name in DEMONSTRATIONS.items() if tested}
-
-    own = Space(outputs, z, measure=euclidean)
-    rows = {"model": answer(own.by_embedding(z_hat), own.by_embedding(z_tests))}
-    pairwise, probes = pair_metrics(z, pairs), {}
-    rows["model"] |= pairwise[0]
-    probes["model"] = pairwise[1]
-    for name, space in ({} if untrained is None else baseline_spaces(untrained, hard.grids, outputs, z, codes)).items():
-        progress(f"evaluating baselines: {name}")
-        for query, weights in QUERIES.items():
-            rows[f"{query}, {name}"] = answer(space.by_weights(weights), with_nats=query == "analogy")
-        if len(space.parts) == 1 and name != "trained":  # pairs in z itself are the model's row
-            embedding = space.parts[0][0][torch.arange(count)]
-            rows[name], probes[name] = pair_metrics(principal(embedding, z.shape[1]), pairs)
-    if untrained is not None:
-        rows |= chance_rows(answer, z.shape, outputs, pairs)
-
-    task_of = dict.fromkeys((*RETRIEVAL, "nats"), windows.task) | dict.fromkeys(HARD, windows.task[hard.rows])
-    task_of |= dict.fromkeys(DEMONSTRATIONS, np.concatenate([[], *(q.task.numpy() for q in tests)]))
-    task_of |= dict.fromkeys(PAIRWISE[1:3], probed(pairs).task)
-    task_of |= {"task_1nn": nearest_task(pair_features(z, pairs), pairs)[1], "probe_vote": np.unique(probed(pairs).task)}
-    metrics = {metric: summarise(rows, metric, task_of[metric]) for metric in METRICS}
-    health = {"cross_entropy": summarise(rows, "nats", windows.task) | {"ln_pool": math.log(len(outputs))},
-              "probes": probes, "shuffled_ndcg10_without_out1": None,
-              "prediction": float((z_hat - z[windows.index[:, 3]]).square().mean())}
-    if len(np.unique(windows.task)) > 1:
-        shuffled = model.predict(contexts(windows, every, shuffle_context(windows))).float().cpu()
-        shuffled = retrieval(shuffled, z[outputs], windows)["ndcg10_without_out1"]
-        health["shuffled_ndcg10_without_out1"] = float(shuffled.mean())
-    sample = np.random.default_rng(0).permutation(len(every))[:SAMPLE]
-    health["context"], health["target"] = (embedding_health(x[sample]) for x in (z_hat, z[windows.index[:, 3]]))
-    health["codes"] = code_health(model, windows.grids, codes[:count])
-    health["lead"] = {row: {metric: paired_ci(rows["model"][metric], values[metric], task_of[metric])
-                            for metric in COMPARED if len(values.get(metric, ()))}
-                      for row, values in rows.items() if row != "model" and "ndcg10" in values}
-    notes = [line for line in (arc_data.count_missing(tasks), leaks_line(shared, len(tasks))) if line]
-    data = {"source": source, "tasks": len(tasks), "windows": len(every), "candidates": len(outputs),
-            "shared_with_training": shared, "notes": notes}
-    values = {metric: (rows["model"][metric], task_of[metric]) for metric in METRICS if metric in rows["model"]}
-    return Evaluation(data, metrics, health, windows, z[:count], z_hat, codes[:count], pairs, labels, values)
-
-
-def baseline_spaces(untrained, grids: list, outputs: np.ndarray, z: Tensor, codes: list) -> dict[str, Space]:
-    """Every embedding that is compared without the predictor."""
-    spaces = raw_spaces(grids, outputs)
-    if codes[0][0].shape[1]:  # the model has codes
-        spaces["bag of codes"] = Space(outputs, symbol_bag(codes, boxes=False))
-        spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
-    spaces["untrained"] = Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)
-    return spaces | {"trained": Space(outputs, z, measure=euclidean)}
-
-
-def chance_rows(answer: Callable, shape: tuple, outputs: np.ndarray, pairs: Pairs) -> dict[str, dict]:
-    """The metrics of random embeddings, and the balanced accuracy of the most frequent class: one class is right."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    chance = answer(Space(outputs, noise, measure=euclidean).by_weights((1, 0, 0)))
-    chance["task_1nn"] = nearest_task(pair_features(noise, pairs), pairs)[0]
-    classes = [len(np.unique(column)) for column in probed(pairs).y.T]
-    one_right = np.array([np.mean(1 / np.array(classes))]) if classes else np.array([])
-    return {"chance": chance, "majority": dict.fromkeys(PAIRWISE[1:], one_right)}
-
-
 def summarise(rows: dict[str, dict], metric: str, task: np.ndarray) -> dict:
     """An entry of eval.json; empty where the data allow no such metric."""
-    mean = {name: float(values[metric].mean()) for name, values in rows.items() if len(values.get(metric, ()))}
-    if "model" not in mean:
+    found = {name: values[metric] for name, values in rows.items() if len(values.get(metric, ()))}
+    if "model" not in found:
         return {"model": None, "baselines": {}, "interval": None, "n": 0}
-    model = rows["model"][metric]
-    return {"model": mean.pop("model"), "baselines": mean, "interval": bootstrap_ci(model, task), "n": len(model)}
+    mean = {name: float(values.mean()) for name, values in found.items()}
+    return {"model": mean.pop("model"), "baselines": mean, "interval": bootstrap_ci(found["model"], task),
+            "n": len(found["model"])}
 
 
-def leaks_line(shared: int | None, tasks: int) -> str:
-    if shared is None:
-        return ""
-    return f"{shared} of the {tasks} tasks share a pair with the training tasks: not unseen" if shared else ""
+def notes(tasks: dict, windows: Windows, labels: dict | None, shared: int | None) -> list[str]:
+    """What a reader of the figures must know: what no figure uses, and what is not unseen."""
+    single = sum(len(arc_data.pairs_of(task)) < 2 for task in tasks.values())
+    unlabelled = len(tasks) - len(labels) if labels else 0
+    lines = {arc_data.count_missing(tasks): True,
+             f"{single} tasks with fewer than two complete pairs: in no window and no pair": single,
+             f"{windows.capped} windows of tasks with many pairs left out by a seeded sample": windows.capped,
+             f"{unlabelled} tasks without a label: not probed": unlabelled,
+             f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen": shared}
+    return [line for line, holds in lines.items() if holds and line]
 
 
 @torch.no_grad()
-def evaluate_sample(model, windows: Windows, pool: Tensor | None = None, limit: int = 1024, seed: int = 0) -> dict:
-    """Retrieval on a seeded sample of `limit` windows, against the whole pool (P, D); for use during training."""
+def evaluate_sample(model, windows: Windows, pool: Tensor | None = None, limit: int = 1024, seed: int = 0):
+    """Figures of a seeded sample of `limit` windows in the whole pool (P, D), for use during training."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
     if pool is None:
         pool = model.embed([windows.grids[i] for i in windows.outputs])
     pool, z_hat = pool.float().cpu(), model.predict(contexts(windows, rows)).float().cpu()
     values = retrieval(z_hat, pool, windows, rows=torch.from_numpy(rows))
-    result = {name: float(values[name].mean()) for name in ("ndcg10", "ndcg10_without_out1", "r1", "within_task")}
+    names = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")
+    result = {name: float(values[name].mean()) for name in names}
     target = pool[np.searchsorted(windows.outputs, windows.index[rows, 3])]
     sample = np.random.default_rng(seed).permutation(len(rows))[:SAMPLE]
     return result | {"prediction": float((z_hat - target).square().mean()),
@@ -797,73 +816,29 @@ def evaluate_sample(model, windows: Windows, pool: Tensor | None = None, limit: 
                      "effective_rank_target": effective_rank(target[sample])}
 
 
-def result_figures(e: Evaluation) -> dict:
+def result_figures(done: Evaluation) -> dict:
     """What result.json takes from an evaluation, flat."""
-    retrieved = (*RETRIEVAL, *DEMONSTRATIONS, *HARD)
-    result = {metric: e.metrics[metric]["model"] for metric in retrieved}
-    result["shuffled_ndcg10_without_out1"] = e.health["shuffled_ndcg10_without_out1"]
-    for name in ("usage", "perplexity", "ceiling", "n"):
-        result[f"codes_{name}"] = e.health["codes"].get(f"codes_{name}_by_occurrence")
-    result |= {f"effective_rank_{role}": e.health[role]["effective_rank"] for role in ("context", "target")}
-    result["prediction"] = e.health["prediction"]
-    for metric in ("ndcg10_without_out1", "within_task"):
-        rows = e.metrics[metric]["baselines"].items()
-        result[f"baseline_{metric}"] = max((value for row, value in rows if not row.endswith(LEARNED)), default=None)
-    result["baselines"] = {row: {metric: e.metrics[metric]["baselines"][row] for metric in retrieved
-                                 if row in e.metrics[metric]["baselines"]} for row in e.metrics["ndcg10"]["baselines"]}
-    result["intervals"] = {metric: e.metrics[metric]["interval"] for metric in retrieved}
-    return result | {"lead": e.health["lead"], "validation_windows": e.data["windows"]}
-
-
-# ---------------------------------------------------------------------------------------------- 9 commands
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, about: str, required: bool, out: str, runs: dict):
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.add_argument(metavar="RUN", type=Path, help="a folder that lejepa.py wrote", **runs)
-        what = "SOURCE of tasks, or dev: the part of its data that the run held out"
-        default = {} if required else {"default": arc_data.REPORTED}
-        command.add_argument("--data", metavar="SOURCE", required=required, **default,
-                             help=what if required else f"{what} (default: %(default)s)")
-        command.add_argument("--out", type=Path, required=required, metavar="FILE" if required else "FOLDER", help=out)
-        return command
-
-    run = add("evaluate", "Every metric of a run beside baselines; the command when none is named.", False,
-              "where the record goes (default: RUN, or RUN/eval-SOURCE beside a record of other data)", {"dest": "run"})
-    run.add_argument("--labels", metavar="FILE", type=Path, help="JSON {task id: class name} to probe for instead of properties")
-    add("codes", "The codes of every grid, a line a grid.", True, "where the lines go", {"dest": "run"})
-    ranking = add("rank", "Candidate answers of test inputs, the likeliest first.", True, "where the ranking goes", {"dest": "run"})
-    ranking.add_argument("--candidates", metavar="FILE", type=Path, required=True,
-                         help="JSON {task id: [for each test input, [candidate grid, ...]]}")
-    ranking.add_argument("--submission", metavar="FILE", type=Path, help="also the two likeliest, in Kaggle's form")
-    add("compare", "Runs side by side, paired by query.", False, "where the record goes (default: RUN/../compare)",
-        {"dest": "runs", "nargs": "+"})
-    return parser
+    names, health = (*RETRIEVAL, *DEMONSTRATIONS, *HARD), done.health
+    baselines = {name: done.metrics[name]["baselines"] for name in names}
+    result = {name: done.metrics[name]["model"] for name in names}
+    result["shuffled_ndcg10_without_out1"] = health["shuffled_ndcg10_without_out1"]
+    for name in ("codes_usage", "codes_perplexity", "codes_ceiling", "codes_n"):
+        result[name] = health["codes"].get(f"{name}_by_occurrence")
+    for role in ("context", "target"):
+        result[f"effective_rank_{role}"] = health[role]["effective_rank"]
+    result["prediction"] = health["prediction"]
+    for name in ("ndcg10_without_out1", "within_task"):
+        unlearned = [value for row, value in baselines[name].items() if not row.endswith(LEARNED)]
+        result[f"baseline_{name}"] = max(unlearned, default=None)
+    result["baselines"] = {row: {name: baselines[name][row] for name in names if row in baselines[name]}
+                           for row in baselines["ndcg10"]}
+    result["intervals"] = {name: done.metrics[name]["interval"] for name in names}
+    return result | {"lead": health["lead"], "validation_windows": done.data["windows"]}
 
 
 def main(argv: list[str] | None = None):
-    from harness import commands
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    known = {"evaluate": commands.evaluate_run, "codes": commands.write_codes, "rank": commands.rank_candidates,
-             "compare": commands.compare_runs}
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    args = parser.parse_args(argv if argv and argv[0] in (*known, "-h", "--help") else ["evaluate", *argv])
-    try:
-        known[args.command](args)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(arc_data.printable(word) for word in str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    import harness.commands  # arguments, files, pages
+    harness.commands.main(argv)
 
 
 if __name__ == "__main__":

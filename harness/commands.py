@@ -2,15 +2,19 @@
 
     n rows   k demonstrations   P distinct outputs
 """
+import argparse
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_mutual_info_score
 
 import arc_data
 import eval as evaluation
@@ -18,11 +22,11 @@ import lejepa
 from harness import checkpoint, report
 from harness.checkpoint import write_file
 
-RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics of candidates, and their names in eval.py
+RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics, and their names in eval.py
 RANKED_BASELINES = {"copy in2": ("raw",), "analogy": ("raw", "31 features", "raw + 31 features")}
 
 
-# ---------------------------------------------------------------------------------------------- what is read
+# -------------------------------------------------------------------------------- what is read
 
 
 def say(line: str):
@@ -30,7 +34,7 @@ def say(line: str):
 
 
 def read_tasks(cfg, source: str) -> tuple[dict, int | None]:
-    """The tasks of --data, and how many share a pair with the run's training tasks: None where these cannot be read."""
+    """The tasks of --data, and how many share a pair with the training tasks (None: these cannot be read)."""
     if source == "dev":
         return arc_data.split(cfg.data, cfg.validate)[1], 0
     tasks = arc_data.load_tasks(source)
@@ -43,20 +47,21 @@ def read_tasks(cfg, source: str) -> tuple[dict, int | None]:
 
 
 def read_labels(path: Path, tasks: dict) -> dict[str, str]:
-    """{task id: class name} of a JSON file. ValueError for another form, or for tasks that the data do not have."""
+    """{task id: class name} of a JSON file. ValueError for another form or for unknown tasks."""
     labels = checkpoint.read_json(path)
     if not labels or not all(isinstance(name, str) for name in labels.values()):
         raise ValueError(f"--labels {path}: needs a JSON object {{task id: class name}}, its names strings")
     unknown = [name for name in labels if name not in tasks]
     if unknown:
-        raise ValueError(f"--labels {path}: {len(unknown)} tasks are not in --data, {', '.join(unknown[:3])} among them")
+        some = ", ".join(unknown[:3])
+        raise ValueError(f"--labels {path}: {len(unknown)} tasks are not in --data, {some} among them")
     if len(set(labels.values())) < 2:
         raise ValueError(f"--labels {path}: all tasks have one class; a probe needs two")
     return labels
 
 
 def read_candidates(path: Path, tasks: dict) -> dict[str, list]:
-    """{task id: [for each test input, [candidate grids as arrays]]} of a JSON file. ValueError names what is wrong."""
+    """{task id: [for each test input, [grid, ...]]} of a JSON file. ValueError names what is wrong."""
     found = {}
     for task_id, inputs in checkpoint.read_json(path).items():
         where = f"--candidates {path}, task {arc_data.printable(task_id)}"
@@ -72,7 +77,7 @@ def read_candidates(path: Path, tasks: dict) -> dict[str, list]:
             grids = lejepa.validate_grids(grids, lambda i: name("{}", str(i)))
             found.setdefault(task_id, []).append([grid.astype(np.int8) for grid in grids])
     if not found:
-        raise ValueError(f"--candidates {path}: no task; needs {{task id: [for each test input, [grid, ...]]}}")
+        raise ValueError(f"--candidates {path}: no task; needs {{task id: [[grid, ...] a test input]}}")
     return found
 
 
@@ -106,10 +111,11 @@ def to_json(value) -> bytes:
 
 def table(cells: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in cells)
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------- eval.py RUN
+# -------------------------------------------------------------------------------- eval.py RUN
 
 
 def evaluate_run(args):
@@ -118,24 +124,27 @@ def evaluate_run(args):
     labels = read_labels(args.labels, tasks) if args.labels else None
     out = args.out or choose_folder(args.run, args.data)
     check_writable(out)
-    log, result, config = checkpoint.read_log(args.run), *(read_record(args.run / f"{name}.json") for name in ("result", "config"))
-    done = evaluation.evaluate(model, lejepa.build(cfg).eval(), tasks, source=args.data, labels=labels, shared=shared,
+    log = checkpoint.read_log(args.run)
+    result, config = read_record(args.run / "result.json"), read_record(args.run / "config.json")
+    untrained = lejepa.build(cfg).eval()
+    done = evaluation.evaluate(model, untrained, tasks, source=args.data, labels=labels, shared=shared,
                                progress=say)
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))
-    facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate, "objective": cfg.objective,
-             "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed, "steps": result.get("steps"),
-             "minutes": None if seconds is None else round(seconds / 60, 1), "device": result.get("device"),
-             "commit": config.get("commit")}
+    facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
+             "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
+             "steps": result.get("steps"), "minutes": seconds and round(seconds / 60, 1),
+             "device": result.get("device"), "commit": config.get("commit")}
     met = report.criteria(log, result, cfg.lam, done)
     record = {name: {"met": ok, "figure": text} for name, ok, text in met}
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
     write_file(out / "health.json", to_json({"data": done.data} | done.health | {"criteria": record}))
     page = report.write_report(out, done, facts, log, result)
-    lines = [*done.data["notes"], "", *(metric_table(done.metrics, names) + "\n" for names in
-                                        (evaluation.RETRIEVAL, evaluation.DEMONSTRATIONS | dict.fromkeys(evaluation.HARD),
-                                         evaluation.PAIRWISE))]
-    lines += [f"{'unknown' if ok is None else 'met' if ok else 'not met':8} {name}: {text}" for name, ok, text in met]
+    lines = [*done.data["notes"], ""]
+    for names in (evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE):
+        lines += [metric_table(done.metrics, names), ""]
+    words = {None: "unknown", True: "met", False: "not met"}
+    lines += [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
     print("\n".join([*lines, f"written: {out / 'eval.json'}, {out / 'health.json'}, {page}"]))
 
 
@@ -143,22 +152,26 @@ def read_record(path: Path) -> dict:
     return checkpoint.read_json(path) if path.exists() else {}
 
 
+def interval(head: str, ends) -> str:
+    return "{} [{:.3f}, {:.3f}]".format(head, *ends).strip()
+
+
 def metric_table(metrics: dict, names) -> str:
     """The model with its intervals, then every baseline that has one of the metrics."""
     show = lambda value: "" if value is None else f"{value:.3f}"
     entries = [metrics[name] for name in names]
     rows = list(dict.fromkeys(row for entry in entries for row in entry["baselines"]))
-    intervals = ["[{:.3f}, {:.3f}]".format(*entry["interval"]) if entry["interval"] else "" for entry in entries]
+    intervals = [interval("", entry["interval"]) if entry["interval"] else "" for entry in entries]
     return table([["", *names], ["model", *(show(entry["model"]) for entry in entries)], ["95 %", *intervals],
                   *([row, *(show(entry["baselines"].get(row)) for entry in entries)] for row in rows),
                   ["n", *(str(entry["n"]) for entry in entries)]])
 
 
-# ---------------------------------------------------------------------------------------------- eval.py codes
+# -------------------------------------------------------------------------------- eval.py codes
 
 
 def write_codes(args):
-    """A JSON line a grid: its objects with codes, box, colour and size, the whole grid first. README.md has the format."""
+    """A JSON line a grid, in the format that README.md describes: its objects, the whole grid first."""
     check_writable(args.out)
     model, cfg = lejepa.load_run(args.run)
     where, grids = [], []
@@ -172,18 +185,19 @@ def write_codes(args):
     tokens, lines = arc_data.tokenise(grids), []
     for line, start, (codes, boxes) in zip(where, tokens.start, model.codes(grids)):
         rows = slice(start, start + len(codes))
-        columns = codes.tolist(), boxes.tolist(), tokens.colour[rows].tolist(), tokens.area[rows].astype(int).tolist()
-        objects = [dict(zip(("codes", "box", "colour", "size"), values)) for values in zip(*columns)]
+        columns = codes, boxes, tokens.colour[rows], tokens.area[rows].astype(int)
+        values = zip(*(column.tolist() for column in columns))
+        objects = [dict(zip(("codes", "box", "colour", "size"), row)) for row in values]
         lines.append(json.dumps(line | {"objects": objects}))
     write_file(args.out, ("\n".join(lines) + "\n").encode())
     say(f"{args.out}: {len(lines)} grids, {len(tokens.colour)} objects, {tokens.cut.sum()} more were cut")
 
 
-# ---------------------------------------------------------------------------------------------- eval.py rank
+# -------------------------------------------------------------------------------- eval.py rank
 
 
 def rank_candidates(args):
-    """Candidate answers of test inputs, the likeliest first; with the answers, how often the model finds them."""
+    """Candidate answers of test inputs, the likeliest first; how often they are right, where known."""
     for path in (args.out, *([args.submission] if args.submission else [])):
         check_writable(path)
     model, cfg = lejepa.load_run(args.run)
@@ -208,31 +222,38 @@ def rank_candidates(args):
             say(f"{args.submission}: {len(candidates)} of {len(tasks)} tasks, as --candidates has no more")
     known = [question for question in asked if question[2] is not None]
     if known:
-        say(f"{args.data}: {shared if shared is not None else 'not known how many'} of the {len(tasks)} tasks are in the training data")
+        if shared:
+            say(f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen")
         print(ranking_table(tasks, known, lejepa.build(cfg).eval()))
     say(f"written: {args.out}" + (f", {args.submission}" if args.submission else ""))
 
 
 def ranking_table(tasks: dict, asked: list, untrained) -> str:
-    """Accuracy and nDCG@10 of the model and of baselines by the same candidates. An absent answer counts 0."""
-    rows = {"model": [scores for *_, scores in asked]}
-    rows["untrained"] = [untrained.rank(tasks[task_id].train, given, grids) for task_id, given, _, grids, _ in asked]
+    """Accuracy and nDCG@10 of model and baselines by the same candidates; 0 where the answer is not there."""
+    rows = {"model": [scores for *_, scores in asked], "untrained": []}
+    for task_id, given, _, grids, _ in asked:
+        rows["untrained"].append(untrained.rank(tasks[task_id].train, given, grids))
     rows |= candidate_baselines(tasks, asked)
-    answers = [[np.array_equal(grid, answer) for grid in grids] for _, _, answer, grids, _ in asked]
-    owner = np.unique([task_id for task_id, *_ in asked], return_inverse=True)[1]
+    right = [np.array([np.array_equal(grid, answer) for grid in grids]) for _, _, answer, grids, _ in asked]
+    owner = np.array([task_id for task_id, *_ in asked])
     cells = [["", *RANKED]]
     for name, scores in rows.items():
-        values = {metric: [] for metric in RANKED}
-        for row, right in zip(scores, answers):
-            tie = evaluation.TIE if name not in ("model", "untrained") else 0
-            margin = row - row[right] if any(right) else None
-            found = evaluation.rank_metrics((margin > tie).sum()[None], (margin.abs() <= tie).sum()[None]) if any(right) else {}
-            for metric, key in RANKED.items():
-                values[metric].append(float(found[key]) if found else 0.0)
-        cells.append([name, *("{:.3f} [{:.3f}, {:.3f}]".format(np.mean(x), *evaluation.bootstrap_ci(np.array(x), owner))
-                              for x in values.values())])
-    there = sum(any(right) for right in answers)
-    return table(cells) + f"\n{len(asked)} test inputs with known answers, which are among the candidates of {there}"
+        tie = 0 if name in ("model", "untrained") else evaluation.TIE
+        found = [rank_answer(row, truth, tie) for row, truth in zip(scores, right)]
+        columns = [np.array([values[key] for values in found]) for key in RANKED.values()]
+        intervals = [evaluation.bootstrap_ci(x, owner) for x in columns]
+        cells.append([name, *(interval(f"{x.mean():.3f}", ends) for x, ends in zip(columns, intervals))])
+    there = sum(truth.any() for truth in right)
+    return f"{table(cells)}\n{len(asked)} known answers, {there} of them among the candidates"
+
+
+def rank_answer(scores: torch.Tensor, truth: np.ndarray, tie: float) -> dict[str, float]:
+    """The metrics of the candidate (n,) that is the truth; 0 where none is."""
+    if not truth.any():
+        return dict.fromkeys(RANKED.values(), 0.0)
+    margin = scores - scores[int(truth.argmax())]
+    above, tied = (margin > tie).sum(), (margin.abs() <= tie).sum()
+    return {key: float(value) for key, value in evaluation.rank_metrics(above, tied).items()}
 
 
 def candidate_baselines(tasks: dict, asked: list) -> dict[str, list]:
@@ -243,56 +264,127 @@ def candidate_baselines(tasks: dict, asked: list) -> dict[str, list]:
     queries = []
     for task_id, given, _, grids, _ in asked:
         context = [find(grid) for pair in tasks[task_id].train for grid in pair] + [find(given)]
-        queries.append((torch.tensor([context]), torch.tensor([[find(grid) for grid in grids]])))
+        own = torch.tensor([[find(grid) for grid in grids]])
+        queries.append(evaluation.Queries(None, torch.tensor([context]), None, None, None, None, own))
     spaces = evaluation.raw_spaces([grid for _, grid in place.values()], outputs.numpy())
     rows = {}
     for query, names in RANKED_BASELINES.items():
         for name in names:
             score = spaces[name].by_weights(evaluation.QUERIES[query])
-            rows[f"{query}, {name}"] = [score(evaluation.Queries(None, context, None, None, None, None, own))[0][0, len(outputs):]
-                                        for context, own in queries]
+            rows[f"{query}, {name}"] = [score(asked)[0][0, len(outputs):] for asked in queries]
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- eval.py compare
+# -------------------------------------------------------------------------------- eval.py compare
 
 
 def compare_runs(args):
-    """Runs side by side on the same queries: every metric, its paired difference from the first run, and codes."""
+    """Runs side by side on the same queries: every metric, its difference from the first run, and codes."""
     short = len({path.name for path in args.runs}) == len(args.runs)
     names = [path.name if short else str(path) for path in args.runs]
     if len(set(names)) < len(names):
         raise ValueError(f"{' '.join(names)}: a run is named twice; compare takes different ones")
     out = args.out or args.runs[0].absolute().parent / "compare"
     check_writable(out)
-    loaded = {name: (*lejepa.load_run(path), checkpoint.read_log(path)) for name, path in zip(names, args.runs)}
-    tasks = read_tasks(loaded[names[0]][1], args.data)[0]
+    loaded = {name: lejepa.load_run(path) for name, path in zip(names, args.runs)}
+    logs = {name: checkpoint.read_log(path) for name, path in zip(names, args.runs)}
+    tasks, _ = read_tasks(loaded[names[0]][1], args.data)
     result, first, codes = {"data": args.data, "runs": {}}, None, {}
-    for name, (model, _, _) in loaded.items():
+    for name, (model, _) in loaded.items():
         say(f"evaluating {name}")
         done = evaluation.evaluate(model, None, tasks, source=args.data)
         first = first or done
         entries = result["runs"][name] = {}
         for metric, (values, task) in done.values.items():
-            entries[metric] = {"value": float(values.mean()), "interval": evaluation.bootstrap_ci(values, task),
+            entries[metric] = {"value": float(values.mean()),
+                               "interval": evaluation.bootstrap_ci(values, task),
                                "difference": evaluation.paired_ci(values, first.values[metric][0], task)}
-        ids = np.unique(evaluation.object_ids(done.windows.grids)[0], return_index=True)[1]  # distinct objects
-        codes[name] = torch.cat([found for found, _ in done.codes]).numpy()[ids]
+        ids, _ = evaluation.object_ids(done.windows.grids)
+        distinct = np.unique(ids, return_index=True)[1]
+        codes[name] = torch.cat([found for found, _ in done.codes]).numpy()[distinct]
         if name != names[0] and codes[name].shape[1] and codes[names[0]].shape[1]:
-            entries["codes"] = {"agreement": evaluation.code_agreement(codes[names[0]], codes[name])}
+            entries["codes"] = {"agreement": code_agreement(codes[names[0]], codes[name])}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "compare.json", to_json(result))
-    page = report.compare_page(out, result, {name: log for name, (*_, log) in loaded.items()})
-    metrics = [metric for metric in next(iter(result["runs"].values())) if metric != "codes"]
+    page = report.compare_page(out, result, logs)
+    metrics = [metric for metric in result["runs"][names[0]] if metric != "codes"]
     for start in range(0, len(metrics), 4):
-        chosen = metrics[start:start + 4]
-        print(table([["", *chosen], *([name, *(compared(entries[metric], name == names[0]) for metric in chosen)]
-                                      for name, entries in result["runs"].items())]) + "\n")
-    print(f"in brackets: 95 % intervals over tasks, of the value for {names[0]}, of the paired difference from it for others")
+        cells = [["", *metrics[start:start + 4]]]
+        for name, entries in result["runs"].items():
+            cells.append([name, *(compared(entries[metric], name == names[0]) for metric in cells[0][1:])])
+        print(table(cells) + "\n")
+    print(f"in brackets: 95 % intervals over tasks; of the others, of the paired difference from {names[0]}")
     print(f"written: {out / 'compare.json'}, {page}")
+
+
+def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Adjusted mutual information of the codes (n, n_codes) of two models of the same objects; 0 is chance.
+
+    The positions of one model are matched one to one with those of the other where they agree most; the mean
+    of these.
+    """
+    shared = np.array([[adjusted_mutual_info_score(x, y) for y in b.T] for x in a.T])
+    return float(shared[linear_sum_assignment(-shared)].mean())
 
 
 def compared(entry: dict, is_first: bool) -> str:
     if is_first:
-        return "{:.3f} [{:.3f}, {:.3f}]".format(entry["value"], *entry["interval"])
+        return interval(f"{entry['value']:.3f}", entry["interval"])
     return "{:.3f} {:+.3f} [{:+.3f}, {:+.3f}]".format(entry["value"], *entry["difference"])
+
+
+# -------------------------------------------------------------------------------- arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="eval.py", description="Evaluates a run; the default COMMAND is evaluate.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, out: str, **runs):
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(command=COMMANDS[name])
+        command.add_argument(metavar="RUN", type=Path, help="a folder that lejepa.py wrote", **runs)
+        needed = name in ("codes", "rank")
+        default = None if needed else arc_data.REPORTED
+        source = "SOURCE of tasks, or dev: the tasks that the run held out"
+        source += "" if needed else " (default: %(default)s)"
+        command.add_argument("--data", metavar="SOURCE", required=needed, default=default, help=source)
+        kind = "FILE" if needed else "FOLDER"
+        command.add_argument("--out", metavar=kind, type=Path, required=needed, help=out)
+        return command
+
+    run = add("evaluate", "Every metric of a run, beside baselines.",
+              "where the record goes (default: RUN, or RUN/eval-SOURCE beside other data's)", dest="run")
+    run.add_argument("--labels", metavar="FILE", type=Path,
+                     help="JSON {task id: class name} to probe for (default: seven properties of a pair)")
+    add("codes", "The codes of every grid, a line a grid.", "where the lines go", dest="run")
+    about = "Candidate answers of test inputs, the likeliest first."
+    ranking = add("rank", about, "where the ranking goes", dest="run")
+    ranking.add_argument("--candidates", metavar="FILE", type=Path, required=True,
+                         help="JSON {task id: [for each test input, [candidate grid, ...]]}")
+    ranking.add_argument("--submission", metavar="FILE", type=Path,
+                         help="where the two likeliest go, in Kaggle's form")
+    add("compare", "Runs side by side, paired by query.", "where the record goes (default: RUN/../compare)",
+        dest="runs", nargs="+")
+    return parser
+
+
+COMMANDS = {"evaluate": evaluate_run, "codes": write_codes, "rank": rank_candidates, "compare": compare_runs}
+
+
+def main(argv: list[str] | None = None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv if argv and argv[0] in (*COMMANDS, "-h", "--help") else ["evaluate", *argv])
+    try:
+        args.command(args)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(arc_data.printable(word) for word in str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -261,11 +261,20 @@ def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
 # ------------------------------------------------------------------------------------------------ pages
 
 
+def show(value) -> str:
+    """A value of a table: a dash for None, three digits of a fraction, a comma between thousands."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else short(value, 200)
+
+
 def write_page(path: Path, **values) -> Path:
     """A page of the template, which takes charts as figures and tables as lists of lines."""
     pages = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     pages.filters["png"] = lambda figure: data_uri(charts.png(figure))
-    pages.filters["short"] = lambda text: short(text, 200)
+    pages.filters |= {"show": show, "short": lambda text: short(text, 200)}
     template = Path(__file__).with_name("report.html").read_text()
     values |= {"kinds": charts.KINDS, "series": charts.SERIES}
     values["colours"] = ["rgb({}, {}, {})".format(*rgb) for rgb in PALETTE]

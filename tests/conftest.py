@@ -20,11 +20,14 @@ def synthetic_tasks(seed, tasks=24, pairs=(2, 5), side=(2, 7), colours=10):
         grid = rng.integers(0, colours, rng.integers(*side, size=2))
         extra = np.full((1, grid.shape[1]), np.bincount(grid.ravel()).argmax())
         return grid.astype(np.int8), np.concatenate([grid, extra]).astype(np.int8)
-    return {f"task{i:02d}": arc_data.Task([pair() for _ in range(rng.integers(*pairs) - 1)], [pair()]) for i in range(tasks)}
+    sizes = (rng.integers(*pairs) for _ in range(tasks))
+    return {f"task{i:02d}": arc_data.Task([pair() for _ in range(size - 1)], [pair()])
+            for i, size in enumerate(sizes)}
 
 
 def as_json(task):
-    return {part: [{"input": a.tolist(), "output": b.tolist()} for a, b in getattr(task, part)] for part in ("train", "test")}
+    return {part: [{"input": a.tolist(), "output": b.tolist()} for a, b in pairs]
+            for part, pairs in task._asdict().items()}
 
 
 def write_tasks(folder, tasks):

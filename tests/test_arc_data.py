@@ -2,16 +2,22 @@
 import hashlib
 import itertools
 import json
+import os
+import re
+import runpy
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import as_json, synthetic_tasks, turns, write_tasks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_data
 from arc_data import Task, TaskSet, TokenTable
 
-WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612, "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
+WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612,
+           "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
 
 
 def sides_of(tasks):
@@ -19,7 +25,7 @@ def sides_of(tasks):
 
 
 def same_pair(one, other):
-    """Whether a pair is the other after a symmetry and a renaming of colours: a search, with no canonical form."""
+    """Whether a pair is the other after a symmetry and a renaming of colours, by search."""
     for turned in zip(*map(turns, one)):
         if all(a.shape == b.shape for a, b in zip(turned, other)):
             a, b = (np.concatenate([side.ravel() for side in pair]) for pair in (turned, other))
@@ -40,7 +46,8 @@ def sharing(tasks, others):
     for task in others.values():
         for pair in arc_data.pairs_of(task):
             known.setdefault(invariant(pair), []).append(pair)
-    return {i for i, task in tasks.items() if any(same_pair(pair, other) for pair in arc_data.pairs_of(task) for other in known.get(invariant(pair), []))}
+    return {i for i, task in tasks.items() for pair in arc_data.pairs_of(task)
+            if any(same_pair(pair, other) for other in known.get(invariant(pair), []))}
 
 
 def disguised(task, seed=0):
@@ -54,9 +61,10 @@ def objects_of(grids, g):
     """Tokens of grid g of a Grids, the whole grid first: (bitmap, colour, box)."""
     slots = torch.nonzero(grids.grid.flatten() == g).flatten()
     assert grids.first[g] == slots[0] and grids.count[g] == len(slots)
-    kind, box = grids.object_id.flatten()[slots], grids.box.flatten(0, 1)[slots]
-    assert grids.whole[kind].tolist() == [True] + [False] * (len(slots) - 1)
-    return [(grids.bits[k].numpy().tobytes(), int(grids.colour[k]), tuple(b)) for k, b in zip(kind.tolist(), box.tolist())]
+    ids, boxes = grids.object_id.flatten()[slots], grids.box.flatten(0, 1)[slots]
+    assert grids.whole[ids].tolist() == [True] + [False] * (len(slots) - 1)
+    return [(grids.bits[i].numpy().tobytes(), int(grids.colour[i]), tuple(box))
+            for i, box in zip(ids.tolist(), boxes.tolist())]
 
 
 def draw(tokens):
@@ -70,7 +78,14 @@ def draw(tokens):
     return grid
 
 
-# ------------------------------------------------------------------------------------------------ tasks from files
+def redraw(tokens):
+    """The grids that Tokens describe."""
+    described = [(tokens.bitmaps[shape].tobytes(), colour, tuple(box))
+                 for shape, colour, box in zip(tokens.shape, tokens.colour, tokens.box.tolist())]
+    return [draw(described[first:last]) for first, last in itertools.pairwise(tokens.start)]
+
+
+# ----------------------------------------------------------------------------------------- tasks from files
 
 GOOD = {"train": [{"input": [[1, 2], [3, 4]], "output": [[5]]}, {"input": [[6]], "output": [[7, 8]]}],
         "test": [{"input": [[9, 0]], "output": [[1]]}]}
@@ -89,20 +104,29 @@ def changed(*path, to=None, drop=False):
 
 
 PLACE = ("train", 1, "output")
-CELLS = {"true": True, "float": 3.0, "text": "3", "nan": float("nan"), "infinity": float("inf"), "null": None, "minus": -1, "ten": 10, "list": [1]}
-SHAPES = {"no row": [], "an empty row": [[]], "not rows": [1, 2], "a number": 3, "text": "12", "null": None, "an object": {"0": [1]},
-          "31 rows": [[1]] * 31, "31 columns": [[1] * 31], "ragged": [[1, 2], [3]], "a late empty row": [[1], []]}
+CELLS = {"true": True, "float": 3.0, "text": "3", "nan": float("nan"), "infinity": float("inf"), "null": None,
+         "minus": -1, "ten": 10, "list": [1]}
+SHAPES = {"no row": [], "an empty row": [[]], "not rows": [1, 2], "a number": 3, "text": "12", "null": None,
+          "an object": {"0": [1]}, "31 rows": [[1]] * 31, "31 columns": [[1] * 31],
+          "ragged": [[1, 2], [3]], "a late empty row": [[1], []]}
 BAD_GRIDS = {f"cell {name}": changed(*PLACE, to=[[1, 2], [3, cell]]) for name, cell in CELLS.items()}
 BAD_GRIDS |= {f"grid {name}": changed(*PLACE, to=grid) for name, grid in SHAPES.items()}
-BAD_PAIRS = {"no input": (changed("train", 1, "input", drop=True), "train pair 1"), "no output": (changed("train", 1, "output", drop=True), "train pair 1"),
-             "no test input": (changed("test", 0, "input", drop=True), "test pair 0"), "a pair of text": (changed("train", 0, to="ab"), "train pair 0"),
-             "a pair of grids": (changed("test", 0, to=[[[1]], [[2]]]), "test pair 0"), "a null pair": (changed("train", 1, to=None), "train pair 1")}
-BAD_TASKS = {"no train": changed("train", drop=True), "no test": changed("test", drop=True), "no pairs": changed("train", to=[]),
-             "train an object": changed("train", to={"0": GOOD["train"][0]}), "train null": changed("train", to=None),
-             "a list": "[1]", "a number": "3", "null": "null"}
-BAD_FILES = {"empty": b"", "cut": json.dumps(GOOD)[:-9].encode(), "latin-1": b'{"t\xe9"', "utf-16": json.dumps(GOOD).encode("utf-16"),
-             "twice": json.dumps(GOOD)[:-1].encode() + b', "train": []}', "twice inside": json.dumps(GOOD).replace('"input"', '"input": [[1]], "input"').encode(),
-             "nested": b"[" * 100_000, "a long number": changed(*PLACE, to=[["N"]]).replace('"N"', "9" * 5000).encode(), "two": b"{} {}"}
+BAD_PAIRS = {"no input": (changed("train", 1, "input", drop=True), "train pair 1"),
+             "no output": (changed("train", 1, "output", drop=True), "train pair 1"),
+             "no test input": (changed("test", 0, "input", drop=True), "test pair 0"),
+             "a pair of text": (changed("train", 0, to="ab"), "train pair 0"),
+             "a pair of grids": (changed("test", 0, to=[[[1]], [[2]]]), "test pair 0"),
+             "a null pair": (changed("train", 1, to=None), "train pair 1")}
+BAD_TASKS = {"no train": changed("train", drop=True), "no test": changed("test", drop=True),
+             "no pairs": changed("train", to=[]),
+             "train an object": changed("train", to={"0": GOOD["train"][0]}),
+             "train null": changed("train", to=None), "a list": "[1]", "a number": "3", "null": "null"}
+BAD_FILES = {"empty": b"", "cut": json.dumps(GOOD)[:-9].encode(), "latin-1": b'{"t\xe9"',
+             "utf-16": json.dumps(GOOD).encode("utf-16"),
+             "twice": json.dumps(GOOD)[:-1].encode() + b', "train": []}',
+             "twice inside": json.dumps(GOOD).replace('"input"', '"input": [[1]], "input"').encode(),
+             "nested": b"[" * 100_000, "two": b"{} {}",
+             "a long number": changed(*PLACE, to=[["N"]]).replace('"N"', "9" * 5000).encode()}
 
 
 @pytest.fixture(params=["folder", "file"])
@@ -110,7 +134,8 @@ def place(request, tmp_path):
     """Writes a task where load_tasks finds it, in a folder of tasks or a file of tasks, beside a good one."""
     def write(content):
         if request.param == "folder":
-            folder = write_tasks(tmp_path / "tasks", {"good": Task(*([(np.array(pair["input"]), np.array(pair["output"])) for pair in part] for part in GOOD.values()))})
+            good = [[tuple(map(np.array, pair.values())) for pair in part] for part in GOOD.values()]
+            folder = write_tasks(tmp_path / "tasks", {"good": Task(*good)})
             (folder / "bad7.json").write_bytes(content)
             return folder
         content = b'{"good": %s, "bad7": %s}' % (json.dumps(GOOD).encode(), content)
@@ -154,7 +179,8 @@ def test_a_file_that_is_no_json_is_refused_by_name(place, name):
     refused(source, "bad7.json" if source.is_dir() else str(source))
 
 
-@pytest.mark.parametrize("part, pair, side", [("train", 0, "input"), ("train", 1, "output"), ("test", 0, "input"), ("test", 0, "output")])
+@pytest.mark.parametrize("part, pair, side", [("train", 0, "input"), ("train", 1, "output"),
+                                              ("test", 0, "input"), ("test", 0, "output")])
 def test_part_pair_and_side_are_those_of_the_bad_cell(place, part, pair, side):
     refused(place(changed(part, pair, side, 0, 0, to=True).encode()), f"{part} pair {pair}, {side}", "true")
 
@@ -184,11 +210,173 @@ def test_a_name_left_empty_or_a_folder_named_like_a_file_is_refused(tmp_path):
     refused("arcagi1:training,", "empty name")
 
 
+def test_what_is_no_file_or_too_large_is_said_so_and_not_that_it_is_no_json(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "x.json").mkdir()
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "x.json").symlink_to(tmp_path / "nothing.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(arc_data.LARGEST + 1)            # it takes no space on the disk
+    assert "not a regular file" in refused(tmp_path / "tasks", "x.json")
+    assert "no such file" in refused(tmp_path / "dangling", "x.json")
+    assert "larger than 12 MB" in refused(tmp_path / "large.json", "large.json")
+    for source in ("tasks", "dangling", "large.json"):
+        assert "JSON" not in refused(tmp_path / source).replace(str(tmp_path), "")
+    (tmp_path / "text.json").write_text("{")
+    refused(tmp_path / "text.json", "not readable as JSON")
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "solutions", "device"])
+def test_a_pipe_or_a_device_is_refused_at_once_and_nothing_is_read_from_it(tmp_path, form):
+    os.mkfifo(tmp_path / "x.json")                     # reading from it would wait for a writer for ever
+    (tmp_path / "good_challenges.json").write_text(json.dumps({"t": GOOD}))
+    source = {"file": tmp_path / "x.json", "folder": tmp_path, "device": "/dev/zero",
+              "solutions": f"{tmp_path}/good_challenges.json+{tmp_path}/x.json"}[form]
+    if form == "folder":
+        (tmp_path / "good_challenges.json").unlink()
+    refused(source, "zero" if form == "device" else "x.json", "not a regular file")
+
+
+CONTROL = "a\x1b[2J\x07b\u202ec\nd"                     # clears a terminal, rings, turns the line round
+
+
+def test_no_control_character_of_a_name_reaches_a_message(tmp_path):
+    name = json.dumps(CONTROL)
+    contents = {"id": '{%s: {"train": 3}}' % name, "key": "{%s: 0, %s: 1}" % (name, name),
+                "cell": changed(*PLACE, to=[[CONTROL]])}
+    for kind, content in contents.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        path = folder / f"{CONTROL}.json"
+        path.write_text(content)
+        for source in (path, f"{path}/nothing", f"{path},{path}", f"{path}+{path}", folder):
+            assert refused(source).isprintable()
+    with pytest.raises(ValueError, match="task with two complete pairs is left") as error:
+        arc_data.split(str(write_tasks(tmp_path / CONTROL, synthetic_tasks(0, tasks=1))), None)
+    assert str(error.value).isprintable()
+
+
+def changed_task(grid):
+    return json.loads(changed(*PLACE, to=grid))
+
+
+def challenges(folder, name="arc_challenges.json"):
+    """A Kaggle pair of files, written to the folder: tasks without test outputs, and the outputs apart."""
+    tasks = {"one": json.loads(json.dumps(GOOD)), "two": changed_task([[4]])}
+    outputs = {}
+    for task_id, task in tasks.items():
+        task["test"] += [{"input": [[3]], "output": [[2, 2]]}]
+        outputs[task_id] = [pair.pop("output") for pair in task["test"]]
+    (folder / name).write_text(json.dumps(tasks))
+    return folder / name, outputs
+
+
+def test_challenges_take_their_test_outputs_from_the_solutions_beside_them_or_from_those_named(tmp_path):
+    path, outputs = challenges(tmp_path)
+    plain = arc_data.load_tasks(str(path))
+    assert [pair[1] for task in plain.values() for pair in task.test] == [None] * 4
+    (tmp_path / "elsewhere.json").write_text(json.dumps(outputs))
+    named = arc_data.load_tasks(f"{path}+{tmp_path}/elsewhere.json")
+    (tmp_path / "arc_solutions.json").write_text(json.dumps(outputs))
+    beside = arc_data.load_tasks(str(path))
+    for tasks in (named, beside):
+        assert {i: [output.tolist() for _, output in task.test] for i, task in tasks.items()} == outputs
+        assert [pair[0].tolist() for task in tasks.values() for pair in task.train + task.test] == \
+            [pair[0].tolist() for task in plain.values() for pair in task.train + task.test]
+    assert list(arc_data.load_tasks(f"{path},{task_file(tmp_path, 'more')}")) == ["one", "two", "more"]
+
+
+def task_file(folder, name):
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(GOOD))
+    return path
+
+
+@pytest.mark.parametrize("change", [lambda x: x.update(three=[[[1]], [[1]]]), lambda x: x["one"].pop(),
+                                    lambda x: x.update(one=None), lambda x: x.update(one="abc"),
+                                    lambda x: x["one"].append([[1]])])
+def test_solutions_that_do_not_fit_the_challenges_are_refused_by_file_and_task(tmp_path, change):
+    path, outputs = challenges(tmp_path)
+    change(outputs)
+    (tmp_path / "arc_solutions.json").write_text(json.dumps(outputs))
+    refused(path, "arc_solutions.json", "three" if "three" in outputs else "one")
+
+
+def test_a_bad_grid_in_the_solutions_and_solutions_that_are_no_object_are_refused(tmp_path):
+    path, outputs = challenges(tmp_path)
+    outputs["two"][1] = [[1, 10]]
+    (tmp_path / "arc_solutions.json").write_text(json.dumps(outputs))
+    refused(path, "arc_solutions.json", "task two, test pair 1, output", "10")
+    (tmp_path / "arc_solutions.json").write_text("[1]")
+    refused(path, "arc_solutions.json")
+
+
+def test_an_output_that_differs_from_its_solution_is_refused_and_not_replaced(tmp_path):
+    task_file(tmp_path, "t")
+    (tmp_path / "same.json").write_text(json.dumps({"t": [GOOD["test"][0]["output"]]}))
+    (tmp_path / "other.json").write_text(json.dumps({"t": [[[8]]]}))
+    assert arc_data.load_tasks(f"{tmp_path}/t.json+{tmp_path}/same.json")["t"].test[0][1].tolist() == [[1]]
+    refused(f"{tmp_path}/t.json+{tmp_path}/other.json", "other.json", "task t")
+
+
+def test_a_folder_whose_folders_hold_the_tasks_is_refused_with_their_names(tmp_path):
+    for name in ("training", "evaluation"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        task_file(tmp_path / "data" / name, "t")
+    for folder in (tmp_path, tmp_path / "data"):
+        refused(folder, "no .json file", f"{tmp_path}/data/evaluation or {tmp_path}/data/training")
+    assert list(arc_data.load_tasks(f"{tmp_path}/data/training")) == ["t"]
+
+
+def test_one_plain_task_file_is_a_task_named_by_its_file(tmp_path):
+    tasks = arc_data.load_tasks(str(task_file(tmp_path, "007bbfb7")))
+    assert list(tasks) == ["007bbfb7"] and tasks["007bbfb7"].train[1][1].tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize("name", ["a,b.json", "a, b", "c+d.json", "c+d,e"])
+def test_a_path_that_exists_is_taken_whole_though_it_has_a_comma_or_a_plus(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix:
+        path.write_text(json.dumps({"t": GOOD}))
+    else:
+        path.mkdir()
+        task_file(path, "t")
+    assert list(arc_data.load_tasks(str(path))) == ["t"]
+
+
+def test_missing_test_outputs_are_counted_in_a_line(tmp_path):
+    path, outputs = challenges(tmp_path)
+    line = arc_data.count_missing(arc_data.load_tasks(str(path)))
+    assert line.startswith("4 test pairs have no output") and "\n" not in line
+    assert arc_data.count_missing(synthetic_tasks(0)) == ""
+
+
+def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_output_alone():
+    tasks = synthetic_tasks(0, tasks=3)
+    expected = arc_data.tasks_digest(tasks)
+    assert re.fullmatch("[0-9a-f]{64}", expected)
+    assert arc_data.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
+    first = tasks["task00"]
+    given, output = first.train[0]
+    cell = given.copy()
+    cell[0, 0] = (cell[0, 0] + 1) % 10
+    rest = first.train[1:]
+    changes = [Task([(cell, output), *rest], first.test),
+               Task([(given.reshape(1, -1), output), *rest], first.test),
+               Task([(output, given), *rest], first.test), Task(first.train, [(first.test[0][0], None)]),
+               Task(first.train + first.test, []), Task(first.train, first.test * 2)]
+    others = [tasks | {"task00": task} for task in changes]
+    others += [dict(reversed(tasks.items())), {i + "x": task for i, task in tasks.items()}]
+    assert len({expected, *map(arc_data.tasks_digest, others)}) == len(others) + 1
+
+
 def test_what_real_files_hold_is_accepted(place):
-    text = changed("test", 0, "output", drop=True).replace('{"train"', '{"name": "a\\u00e9", "train"').replace('[[6]]', '[[6]], "note": [1.5, null]')
+    text = changed("test", 0, "output", drop=True).replace('[[6]]', '[[6]], "note": [1.5, null]')
+    text = text.replace('{"train"', '{"name": "a\\u00e9", "train"')
     tasks = arc_data.load_tasks(str(place(text.encode())))
     assert list(tasks["bad7"].test[0][0][0]) == [9, 0] and tasks["bad7"].test[0][1] is None
-    assert [side.tolist() for pair in tasks["bad7"].train for side in pair] == [side for pair in GOOD["train"] for side in pair.values()]
+    sides = [side.tolist() for pair in tasks["bad7"].train for side in pair]
+    assert sides == [side for pair in GOOD["train"] for side in pair.values()]
     assert len(arc_data.pairs_of(tasks["bad7"])) == 2 and len(arc_data.pairs_of(tasks["good"])) == 3
 
 
@@ -200,7 +388,8 @@ def test_a_byte_order_mark_is_accepted(tmp_path, form):
 
 
 def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
-    one, two = synthetic_tasks(1, tasks=2), {f"x{i}": task for i, task in enumerate(synthetic_tasks(2, tasks=2).values())}
+    one = synthetic_tasks(1, tasks=2)
+    two = {f"x{i}": task for i, task in enumerate(synthetic_tasks(2, tasks=2).values())}
     write_tasks(tmp_path / "one", one)
     (tmp_path / "two.json").write_text(json.dumps({i: as_json(task) for i, task in two.items()}))
     got = arc_data.load_tasks(f"{tmp_path}/one, {tmp_path}/two.json")
@@ -210,30 +399,33 @@ def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
             assert all(np.array_equal(a, b) for a, b in zip(pair, expected))
 
 
-# ------------------------------------------------------------------------------------------------ splits
+# --------------------------------------------------------------------------------------------------- splits
 
 
 def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     tasks, held_out, leaks = arc_data.split("arcagi2:training", None)
     assert (len(tasks), len(held_out), len(leaks), len(set(leaks))) == (623, 400, 377, 377)
-    assert set(tasks) | set(leaks) == set(arc("arcagi2:training")) and set(held_out) == set(arc("arcagi1:evaluation"))
-    assert set(leaks) == sharing(arc("arcagi2:training"), held_out)        # what shares a pair leaves, and nothing else
+    assert set(tasks) | set(leaks) == set(arc("arcagi2:training"))
+    assert set(held_out) == set(arc("arcagi1:evaluation"))
+    assert set(leaks) == sharing(arc("arcagi2:training"), held_out)        # nothing else is dropped
     assert len(set(leaks) & set(held_out)) == 376                          # one more by its content
 
 
-@pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None), ("arcagi1:training", "dev"),
+@pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None),
+                                            ("arcagi1:training", "dev"),
                                             ("arcagi1:evaluation", "arcagi2:evaluation")])
 def test_training_and_validation_share_no_task_even_up_to_symmetry_and_colour(arc, data, validate):
     tasks, held_out, leaks = arc_data.split(data, validate)
     assert not sharing(tasks, held_out) and not set(tasks) & set(held_out)
-    if validate == "dev":                                                  # and neither touches the reported split
+    if validate == "dev":                              # and neither shares a task with the reported split
         assert not sharing({**tasks, **held_out}, arc("arcagi1:evaluation"))
     assert leaks
 
 
 def test_a_planted_copy_of_a_validation_task_leaves_though_turned_and_recoloured(arc, tmp_path):
     planted = disguised(arc("arcagi1:evaluation")["00576224"])
-    folder = write_tasks(tmp_path / "planted", {"planted": planted, "other": synthetic_tasks(3, tasks=1)["task00"]})
+    other = synthetic_tasks(3, tasks=1)["task00"]
+    folder = write_tasks(tmp_path / "planted", {"planted": planted, "other": other})
     tasks, _, leaks = arc_data.split(str(folder), "arcagi1:evaluation")
     assert list(tasks) == ["other"] and leaks == ["planted"]
     tasks, _, leaks = arc_data.split(f"arcagi2:training,{folder}", "arcagi1:evaluation")
@@ -264,21 +456,22 @@ def test_a_canonical_pair_tells_pairs_apart_exactly_as_a_search_does():
 def test_dev_is_the_tasks_whose_sha1_mod_5_is_0(task_folder):
     for validate in (None, "dev"):
         tasks, held_out, leaks = arc_data.split(str(task_folder), validate)
-        expected = {path.stem for path in task_folder.glob("*.json") if int(hashlib.sha1(path.stem.encode()).hexdigest(), 16) % 5 == 0}
+        names = {path.stem for path in task_folder.glob("*.json")}
+        expected = {name for name in names if int(hashlib.sha1(name.encode()).hexdigest(), 16) % 5 == 0}
         assert set(held_out) == expected and len(tasks) == 24 - len(expected) and not leaks
 
 
-def test_data_that_leaves_no_window_is_refused(tmp_path):
+def test_data_that_leaves_no_window_is_refused_with_the_number_of_leaks(tmp_path):
     tasks = synthetic_tasks(6, tasks=3)
     folder = write_tasks(tmp_path / "tasks", tasks)
-    with pytest.raises(ValueError, match="no training task"):
+    with pytest.raises(ValueError, match="no training task .* 3 training tasks share a pair with held-out"):
         arc_data.split(str(folder), str(folder))
     single = write_tasks(tmp_path / "single", {"one": Task(tasks["task00"].train[:1], [])})
     with pytest.raises(ValueError, match="no validation task"):
         arc_data.split(str(folder), str(single))
 
 
-# ------------------------------------------------------------------------------------------------ windows
+# -------------------------------------------------------------------------------------------------- windows
 
 
 @pytest.mark.parametrize("source", WINDOWS)
@@ -292,22 +485,60 @@ def test_every_split_has_the_published_number_of_windows(arc, source):
 
 def test_windows_are_every_ordered_choice_of_two_complete_pairs_of_a_task():
     tasks = synthetic_tasks(7, tasks=6)
-    tasks["task02"] = tasks["task02"]._replace(test=[(tasks["task02"].test[0][0], None)])      # its output is not known
+    tasks["task02"] = tasks["task02"]._replace(test=[(tasks["task02"].test[0][0], None)])   # output unknown
     windows = arc_data.make_windows(tasks)
     key = lambda *grids: tuple((grid.shape, grid.tobytes()) for grid in grids)
-    expected = [(i, key(*a, *b)) for i, task in tasks.items() for a, b in itertools.permutations([p for p in [*task.train, *task.test] if p[1] is not None], 2)]
-    got = [(windows.task_ids[t], key(*(windows.grids[g] for g in row))) for t, row in zip(windows.task, windows.index)]
+    complete = {i: [p for p in [*task.train, *task.test] if p[1] is not None] for i, task in tasks.items()}
+    expected = [(i, key(*one, *other)) for i, pairs in complete.items()
+                for one, other in itertools.permutations(pairs, 2)]
+    got = [(windows.task_ids[task], key(*(windows.grids[place] for place in row)))
+           for task, row in zip(windows.task, windows.index)]
     assert sorted(got) == sorted(expected)
     assert sorted(set(windows.index[:, [1, 3]].ravel())) == list(windows.outputs)
 
 
-# ------------------------------------------------------------------------------------------------ object tokens
+def test_the_windows_of_a_task_of_many_pairs_are_a_seeded_sample_and_the_others_are_counted():
+    rng = np.random.default_rng(14)
+    grid = lambda: rng.integers(0, 10, (3, 3)).astype(np.int8)
+    tasks = synthetic_tasks(7, tasks=2) | {"many": Task([(grid(), grid()) for _ in range(2001)], [])}
+    whole = arc_data.make_windows({i: tasks[i] for i in ("task00", "task01")})
+    begin = time.process_time()
+    windows = arc_data.make_windows(tasks, most=500)
+    assert time.process_time() - begin < 1             # 4 million windows would take longer
+    few = len(whole.index)
+    assert whole.capped == 0 and windows.capped == 2001 * 2000 - 500 and len(windows.index) == few + 500
+    assert np.array_equal(windows.index[:few], whole.index)
+    assert windows.task.tolist() == [*whole.task, *[2] * 500]
+    sample = windows.index[few:]
+    complete = {tuple(row) for row in sample[:, :2].tolist()} | {tuple(row) for row in sample[:, 2:].tolist()}
+    held = [tuple((side.shape, side.tobytes()) for side in pair) for pair in tasks["many"].train]
+    key = lambda place: (windows.grids[place].shape, windows.grids[place].tobytes())
+    assert {(key(a), key(b)) for a, b in complete} <= set(held)
+    assert len(set(map(tuple, sample.tolist()))) == 500 and (sample[:, :2] != sample[:, 2:]).any(1).all()
+    assert len(complete) > 700                         # of 1000 draws from 2001 pairs 787 differ on average
+    assert np.array_equal(arc_data.make_windows(tasks, most=500).index, windows.index)
+    assert not np.array_equal(arc_data.make_windows(tasks, most=500, seed=1).index[few:], sample)
+
+
+def test_a_sample_of_windows_takes_each_ordered_choice_of_two_pairs_equally_often():
+    grid = lambda value: np.full((1, 1), value, np.int8)
+    task = {"t": Task([(grid(2 * i), grid(2 * i + 1)) for i in range(4)], [])}
+    counts = np.zeros((4, 4))
+    for seed in range(300):
+        for in1, _, in2, _ in arc_data.make_windows(task, most=6, seed=seed).index:
+            counts[in1 // 2, in2 // 2] += 1
+    assert not counts.diagonal().any() and 100 < counts[~np.eye(4, dtype=bool)].min()      # 150 on average
+    assert counts.max() < 200
+
+
+# -------------------------------------------------------------------------------------------- object tokens
 
 
 def flood_fill(grid, connectivity):
     """Name of each cell's component, its first cell in reading order, by a stack."""
     height, width = grid.shape
-    steps = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if abs(a) + abs(b) in ((1,) if connectivity == 4 else (1, 2))]
+    far = 1 if connectivity == 4 else 2
+    steps = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if 1 <= abs(a) + abs(b) <= far]
     name = np.full(grid.shape, -1)
     for start in itertools.product(range(height), range(width)):
         stack = [start] if name[start] < 0 else []
@@ -316,7 +547,8 @@ def flood_fill(grid, connectivity):
             if name[cell] < 0:
                 name[cell] = start[0] * 30 + start[1]
                 near = [(cell[0] + a, cell[1] + b) for a, b in steps]
-                stack += [c for c in near if 0 <= c[0] < height and 0 <= c[1] < width and grid[c] == grid[start]]
+                inside = [(row, column) for row, column in near if 0 <= row < height and 0 <= column < width]
+                stack += [place for place in inside if grid[place] == grid[start]]
     return name
 
 
@@ -346,7 +578,7 @@ def test_components_are_those_of_a_flood_fill(noise, connectivity):
 def test_grids_are_redrawn_exactly_where_nothing_was_cut_and_most_are(arc, source, share):
     grids = sides_of(arc(source))
     tokens = arc_data.tokenise(grids)
-    same = [np.array_equal(a, b) for a, b in zip(grids, arc_data.redraw(tokens), strict=True)]
+    same = [np.array_equal(a, b) for a, b in zip(grids, redraw(tokens), strict=True)]
     assert same == (tokens.cut == 0).tolist()
     assert share <= np.mean(same) < 1
 
@@ -367,7 +599,8 @@ def test_the_smallest_objects_are_cut_and_their_number_is_counted(noise):
 def test_a_list_of_grids_of_one_colour_has_one_token_each():
     grids = [np.full((2, 3), 4, np.int8), np.zeros((1, 1), np.int8)]
     tokens = arc_data.tokenise(grids)
-    assert tokens.start.tolist() == [0, 1, 2] and tokens.colour.tolist() == [4, 0] and tokens.area.tolist() == [0, 0]
+    assert tokens.start.tolist() == [0, 1, 2]
+    assert tokens.colour.tolist() == [4, 0] and tokens.area.tolist() == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------ gathering
@@ -389,7 +622,7 @@ def test_tokens_of_a_turned_and_recoloured_grid_are_the_tables_turned_and_recolo
     chosen = np.arange(len(clear))
     for symmetry in range(8):
         names = np.array([rng.permutation(10) for _ in clear])
-        expected = [np.ascontiguousarray(arc_data.turn(row[grid], symmetry)) for row, grid in zip(names, clear)]
+        expected = [arc_data.turn(row[grid], symmetry).copy() for row, grid in zip(names, clear)]
         fresh = TokenTable(expected).pack_grids(chosen)
         turned = table.pack_grids(chosen, np.full(len(clear), symmetry), names)
         for g, grid in enumerate(expected):
@@ -420,32 +653,36 @@ def test_packing_loses_no_token_and_overfills_no_row():
         counts = rng.integers(1, rng.integers(2, arc_data.OBJECTS + 3), rng.integers(1, 80))
         slot, rows = arc_data.pack(counts)
         taken = np.concatenate([np.arange(s, s + n) for s, n in zip(slot, counts)])
-        assert len(np.unique(taken)) == counts.sum() and 0 <= taken.min() and taken.max() < rows * arc_data.SLOTS
-        assert (slot // arc_data.SLOTS == (slot + counts - 1) // arc_data.SLOTS).all()         # no grid lies in two rows
+        assert len(np.unique(taken)) == counts.sum()
+        assert 0 <= taken.min() and taken.max() < rows * arc_data.SLOTS
+        assert (slot // arc_data.SLOTS == (slot + counts - 1) // arc_data.SLOTS).all()     # one row a grid
         assert len(np.unique(slot // arc_data.SLOTS)) == rows
 
 
 def test_empty_slots_belong_to_no_grid_and_objects_stand_once(noise):
     table = TokenTable(noise)
     gathered = table.pack_grids(np.arange(len(noise)).repeat(2))
-    assert int((gathered.grid < 2 * len(noise)).sum()) == int(gathered.count.sum()) == 2 * table.start[-1]
+    real = int((gathered.grid < 2 * len(noise)).sum())
+    assert real == int(gathered.count.sum()) == 2 * table.tokens.start[-1]
     assert set(gathered.grid.flatten().tolist()) <= set(range(2 * len(noise) + 1))
-    kinds = [(bits.numpy().tobytes(), int(colour), bool(whole)) for bits, colour, whole in zip(gathered.bits, gathered.colour, gathered.whole)]
-    assert len(set(kinds)) == len(kinds)
+    objects = [(bits.numpy().tobytes(), int(colour), bool(whole))
+               for bits, colour, whole in zip(gathered.bits, gathered.colour, gathered.whole)]
+    assert len(set(objects)) == len(objects)
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# -------------------------------------------------------------------------------------------------- batches
 
 
 def undo(grids, task):
-    """(symmetry, colour map) that makes the task's pairs of these grids (in, out, in, out, ...), and the pairs; or None."""
-    pairs = arc_data.pairs_of(task)
+    """(symmetry, colour map, pairs) that make these grids (in, out, in, out, ...) of the task, or None."""
     for symmetry in range(8):
-        turned = [[turns(side)[symmetry] for side in pair] for pair in pairs]
-        fits = [[i for i, pair in enumerate(turned) if all(a.shape == b.shape for a, b in zip(pair, grids[k:k + 2]))] for k in range(0, len(grids), 2)]
+        turned = [[turns(side)[symmetry] for side in pair] for pair in arc_data.pairs_of(task)]
+        drawn = [grids[k:k + 2] for k in range(0, len(grids), 2)]
+        fits = [[i for i, pair in enumerate(turned) if all(a.shape == b.shape for a, b in zip(pair, new))]
+                for new in drawn]
         for places in itertools.product(*fits):
-            joined = {(int(a), int(b)) for i, place in enumerate(places) for old, new in zip(turned[place], grids[2 * i:2 * i + 2])
-                      for a, b in zip(old.ravel(), new.ravel())}
+            sides = [both for place, pair in zip(places, drawn) for both in zip(turned[place], pair)]
+            joined = {(int(a), int(b)) for old, new in sides for a, b in zip(old.ravel(), new.ravel())}
             if len(joined) == len({a for a, _ in joined}) == len({b for _, b in joined}):
                 return symmetry, tuple(sorted(joined)), places
     return None
@@ -470,8 +707,11 @@ def test_a_window_and_its_whole_task_come_under_one_symmetry_and_one_recolouring
             found = [(i, undone) for i, task in crowd.items() if (undone := undo(grids, task))]
             assert len(found) == 1
             seen.append(found[0])
-        assert len(batch.grids.first) % each == 0 and (batch.index // each == batch.index[:, :1] // each).all()    # windows stay in a task
-    assert len({i for i, _ in seen}) > 4 and len({s for _, (s, _, _) in seen}) > 4 and len({c for _, (_, c, _) in seen}) > 20
+        assert len(batch.grids.first) % each == 0
+        assert (batch.index // each == batch.index[:, :1] // each).all()           # windows stay in a task
+    assert len({i for i, _ in seen}) > 4
+    assert len({symmetry for _, (symmetry, _, _) in seen}) > 4
+    assert len({colours for _, (_, colours, _) in seen}) > 20
 
 
 def test_without_augmentation_a_batch_holds_the_grids_as_they_are(crowd):
@@ -490,7 +730,8 @@ def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
         mine = {tuple(row) for row in index if row[0] // (2 * data.pairs) == first}
         assert len(mine) == distinct * (distinct - 1)
         pairs = {(grid, grid ^ 1) for row in mine for grid in (row[0], row[2])}
-        assert len({grid % 2 for grid, _ in pairs}) == 1 and len(pairs) == distinct             # one direction, in to out or out to in
+        assert len({grid % 2 for grid, _ in pairs}) == 1       # one direction: in to out, or out to in
+        assert len(pairs) == distinct
         assert mine == {one + other for one, other in itertools.permutations(pairs, 2)}
     assert len({tuple(row) for row in index}) == len(index)
 
@@ -531,3 +772,98 @@ def test_random_objects_of_a_batch_are_distinct_objects_of_it(crowd):
 def test_a_task_set_counts_the_windows_of_its_tasks(arc):
     tasks = arc("arcagi2:evaluation")
     assert TaskSet(tasks).windows == WINDOWS["arcagi2:evaluation"]
+
+
+# ----------------------------------------------------------------------------------------------- the device
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what a GPU waits for: values read on the host, sizes that depend on values, indices from the host."""
+    WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+             torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default, torch.ops.aten.lift_fresh.default}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.WAITS, function
+        if function is torch.ops.aten.index.Tensor:
+            assert not any(index.dtype == torch.bool for index in args[1] if index is not None)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("wait", [lambda x: x[:, [1, 0]], lambda x: x[x > 1], lambda x: x.max().item(),
+                                  lambda x: x.unique(), lambda x: int(x[0, 0])])
+def test_a_planted_wait_is_noticed(wait):
+    with pytest.raises(AssertionError), NoWait():
+        wait(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_batch_reaches_the_device_in_one_transfer_and_waits_for_nothing(crowd, augment, monkeypatch):
+    data, moves, to = TaskSet(crowd, augment=augment), [], torch.Tensor.to
+
+    def counted(tensor, *args, **kwargs):
+        moves.append((args, kwargs))
+        return to(tensor, *args, **kwargs)
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    with NoWait():
+        data.batch(48, 0, 0)
+    assert moves == [(("cpu",), {"non_blocking": True})]
+
+
+def test_what_the_model_reads_begins_at_a_multiple_of_16_bytes(crowd):
+    grids, index, object_sample = TaskSet(crowd).batch(48, 0, 0)
+    for part in (index, object_sample, grids.object_id, grids.grid, grids.first, grids.count):
+        assert part.is_contiguous() and part.storage_offset() * part.element_size() % 16 == 0
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), (torch.device("cuda", 1), True)])
+def test_indices_go_up_from_pinned_memory_to_a_gpu_only(monkeypatch, device, pinned):
+    empty, asked = torch.empty, []
+
+    def pinless(*sizes, pin_memory=False, **rest):     # torch without a GPU has no pinned memory
+        asked.append(pin_memory)
+        return empty(*sizes, **rest)
+    monkeypatch.setattr(torch, "empty", pinless)
+
+    def move(tensor, where, non_blocking):
+        asked.append((where, non_blocking))
+        return tensor
+    monkeypatch.setattr(torch.Tensor, "to", move)
+    arrays = [np.arange(6).reshape(2, 3), np.array([7], np.int8), np.zeros((0, 4), np.int64)]
+    one, two, none = arc_data.upload(arrays, device)
+    assert asked == [pinned, (device, True)]
+    assert one.tolist() == [[0, 1, 2], [3, 4, 5]] and two.tolist() == [7] and none.shape == (0, 4)
+    assert one.dtype == two.dtype == torch.int64
+    assert one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+
+
+def test_boxes_are_turned_as_grids_are():
+    rng = np.random.default_rng(15)
+    for symmetry in range(8):
+        height, width = rng.integers(1, 31, 2)
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        box = [top, left, rng.integers(1, height - top + 1), rng.integers(1, width - left + 1)]
+        grid = np.zeros((height, width), np.int8)
+        grid[top:top + box[2], left:left + box[3]] = 1
+        rows, columns = np.nonzero(arc_data.turn(grid, symmetry))
+        expected = [rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1]
+        inputs = [torch.tensor(x).view(1, 1, -1) for x in (box, [0, 0, height, width])]
+        got = arc_data._turn_boxes(*inputs, torch.tensor([[symmetry]]))
+        assert got.shape == (1, 1, 4) and got.flatten().tolist() == expected
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_counts_the_sources_it_is_given_or_says_in_a_line_why_not(tmp_path, monkeypatch, capsys):
+    path, _ = challenges(tmp_path)
+    monkeypatch.setattr("sys.argv", ["arc_data.py", str(path)])
+    arc_data.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{path}: 2 tasks, 4 pairs, 4 windows")
+    assert "4 test pairs have no output" in lines[0]
+    monkeypatch.setattr("sys.argv", ["arc_data.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(arc_data.__file__, run_name="__main__")
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    assert printed.err.count("\n") == 1 and "nothing" in printed.err
