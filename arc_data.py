@@ -96,7 +96,8 @@ def _add_outputs(tasks, path):
                 need(pair.get("output") in (None, output), "the pair has another output")
                 pair["output"] = output
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{printable(path)}, task {printable(task_id)}: needs its test outputs") from None
+            where = f"{printable(path)}, task {printable(task_id)}"
+            raise ValueError(f"{where}: needs its test outputs") from None
 
 def _read_json(path):
     """The value in a JSON file: a regular file of at most LARGEST bytes, with no key twice in one object."""
