@@ -40,10 +40,10 @@ def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
     except Exception as error:  # whatever is missing or broken, the run goes on without
         for owner, name in parts:
             vars(owner).pop(name, None)
-        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+        line = " ".join(str(error).split())[:200] or type(error).__name__
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
         print(f"--compile: compiling failed, the run continues without ({line}); if it worked before, remove "
-              f"the cache {cache}", file=sys.stderr)
+              f"the cache {cache_dir()}", file=sys.stderr)
         return False
     finally:
         model.load_state_dict(before)
