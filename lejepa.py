@@ -250,7 +250,7 @@ class LeJEPALoss(nn.Module):
         roles = torch.stack([z[0::2], z[1::2]])  # (2, G / 2, D): the grids are input, output, input, ...
         sigreg_z = sigreg(roles, directions, FREQUENCY)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct objects
-        sigreg_y = model.encoder.quantizer.regulariser(sample, code_directions)
+        sigreg_y = model.in_use[0].quantizer.regulariser(sample, code_directions)
         regulariser = (sigreg_z + sigreg_y) / 2
         loss = (1 - lam) * prediction + lam * regulariser
         terms = {"prediction": prediction, "sigreg": regulariser, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
@@ -758,7 +758,7 @@ class InfoNCE(nn.Module):
             self.queue[places] = keys
             self.filled += len(keys)
         prediction, sigreg_z = F.cross_entropy(logits, own), z.new_zeros(())
-        sigreg_y = model.encoder.quantizer.regulariser(y[batch.object_sample], code_directions)
+        sigreg_y = model.in_use[0].quantizer.regulariser(y[batch.object_sample], code_directions)
         regulariser = (sigreg_z + sigreg_y) / 2
         terms = {"prediction": prediction, "sigreg": regulariser, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
         return (1 - lam) * prediction + lam * regulariser, terms
