@@ -707,6 +707,8 @@ def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | 
     for name, space in spaces.items():
         progress(f"evaluating baselines: {name}")
         for query, weights in QUERIES.items():
+            if query != "analogy" and len(space.parts) > 1:
+                continue
             rows[f"{query}, {name}"] = answer(space.by_weights(weights), nats=query == "analogy")
         if len(space.parts) == 1 and name != "trained":  # pairs in z itself are the model's row
             x = principal(space.parts[0][0][torch.arange(count)], z.shape[1])  # no wider than z

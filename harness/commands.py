@@ -73,16 +73,17 @@ def read_candidates(path: Path, tasks: dict) -> dict[str, list]:
         for number, grids in enumerate(inputs):
             if not isinstance(grids, list) or not grids:
                 raise ValueError(f"{where}, test input {number}: needs a list of one candidate grid or more")
-            name = f"{where}, test input {number}, candidate {{}}".replace
-            grids = lejepa.validate_grids(grids, lambda i: name("{}", str(i)))
+            grids = lejepa.validate_grids(grids, lambda i: f"{where}, test input {number}, candidate {i}")
             found.setdefault(task_id, []).append([grid.astype(np.int8) for grid in grids])
     if not found:
         raise ValueError(f"--candidates {path}: no task; needs {{task id: [[grid, ...] a test input]}}")
     return found
 
 
-def check_writable(path: Path):
+def check_writable(path: Path, is_file: bool = False):
     """ValueError before any work where `path`, a folder or file that may not exist yet, cannot be written."""
+    if is_file and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no such folder")
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -172,7 +173,7 @@ def metric_table(metrics: dict, names) -> str:
 
 def write_codes(args):
     """A JSON line a grid, in the format that README.md describes: its objects, the whole grid first."""
-    check_writable(args.out)
+    check_writable(args.out, is_file=True)
     model, cfg = lejepa.load_run(args.run)
     where, grids = [], []
     for task_id, task in read_tasks(cfg, args.data)[0].items():
@@ -199,7 +200,7 @@ def write_codes(args):
 def rank_candidates(args):
     """Candidate answers of test inputs, the likeliest first; how often they are right, where known."""
     for path in (args.out, *([args.submission] if args.submission else [])):
-        check_writable(path)
+        check_writable(path, is_file=True)
     model, cfg = lejepa.load_run(args.run)
     tasks, shared = read_tasks(cfg, args.data)
     candidates = read_candidates(args.candidates, tasks)

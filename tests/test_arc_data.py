@@ -778,9 +778,10 @@ def test_a_task_set_counts_the_windows_of_its_tasks(arc):
 
 
 class NoWait(TorchDispatchMode):
-    """Refuses what a GPU waits for: values read on the host, sizes that depend on values, indices from the host."""
+    """Refuses what a GPU waits for: values read on the host, sizes that depend on values, an index list."""
     WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
-             torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default, torch.ops.aten.lift_fresh.default}
+             torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default,
+             torch.ops.aten.lift_fresh.default}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in self.WAITS, function
