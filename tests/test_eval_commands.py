@@ -301,7 +301,7 @@ def test_a_tie_with_the_answer_counts_half():
 
 GRID = [[1, 2]]
 BAD_CANDIDATES = [([], "object"), ({}, "no task"), ({"elsewhere": [[GRID]]}, "elsewhere: not in --data"),
-                  ({"task01": GRID[0]}, "task01, test input 0"), ({"task01": []}, "1 of them"),
+                  ({"task01": [5]}, "task01, test input 0"), ({"task01": []}, "1 of them"),
                   ({"task01": [[]]}, "task01, test input 0: needs a list"),
                   ({"task01": [[GRID, [[1], [2, 3]]]]}, "task01, test input 0, candidate 1"),
                   ({"task01": [[GRID, GRID, [[17]]]]}, "task01, test input 0, candidate 2"),
