@@ -333,12 +333,12 @@ def _distinct_rows(rows):                               # of uint8, and the plac
     return rows[first], same.ravel()
 # ------------------------------------------------------------------------------------------------- batches
 class Grids(NamedTuple):
-    """G grids as tokens in R rows of L slots, and the U distinct objects that these tokens show.
+    """G grids as tokens in R rows of L slots, and the U distinct shapes that these tokens show.
     Attention stays inside (row, grid). An empty slot has grid = G."""
-    bits: torch.Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct objects
-    colour: torch.Tensor         # (U,)       int64
-    whole: torch.Tensor          # (U,)       bool: a whole grid, not an object
-    object_id: torch.Tensor      # (R, L)     int64: which distinct object
+    bits: torch.Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct shapes
+    whole: torch.Tensor          # (U,)       bool: the shape of a whole grid, not of an object
+    object_id: torch.Tensor      # (R, L)     int64: which distinct shape
+    colour: torch.Tensor         # (R, L)     int64
     box: torch.Tensor            # (R, L, 4)  int64: top, left, height, width
     grid: torch.Tensor           # (R, L)     int64
     first: torch.Tensor          # (G,)       flat slot of each grid's whole-grid token
@@ -387,7 +387,7 @@ class TokenTable:
         return self.fill(*upload(self.arrange(chosen, symmetry, colours), self.device))
 
     def arrange(self, chosen, symmetry=None, colours=None) -> list[np.ndarray]:
-        """The arguments of `fill` as arrays on the host. The fourth has an entry per distinct object."""
+        """The arguments of `fill` as arrays on the host. The fourth has an entry per distinct shape."""
         start = self.tokens.start[chosen]
         counts = self.tokens.start[chosen + 1] - start
         first, rows = pack(counts)
@@ -396,21 +396,21 @@ class TokenTable:
         token = start[owner] + place
         shape = self.turned[0 if symmetry is None else symmetry[owner], self.tokens.shape[token]]
         colour = self.tokens.colour[token] if colours is None else colours[owner, self.tokens.colour[token]]
-        distinct, object_id = np.unique((shape * 10 + colour) * 2 + (place == 0), return_inverse=True)
-        slots = np.zeros((3, rows, SLOTS), dtype=np.int64)
-        slots[2] = len(chosen)
-        slots.reshape(3, -1)[:, first[owner] + place] = object_id, token, owner
+        distinct, object_id = np.unique(shape * 2 + (place == 0), return_inverse=True)
+        slots = np.zeros((4, rows, SLOTS), dtype=np.int64)
+        slots[3] = len(chosen)
+        slots.reshape(4, -1)[:, first[owner] + place] = object_id, token, colour, owner
         return [slots, first, counts, distinct] + ([] if symmetry is None else [symmetry])
 
     def fill(self, slots, first, count, distinct, symmetry=None) -> Grids:
-        object_id, token, grid = slots                                         # (R, L)
+        object_id, token, colour, grid = slots                                 # (R, L)
         box = self.box[token]                                                  # (R, L, 4)
         if symmetry is not None:
             some = grid.clamp(max=len(first) - 1)                              # an empty slot takes any grid
             box = _turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
             box = box.masked_fill((grid == len(first))[..., None], 0)
-        return Grids(self.bitmaps[distinct // 20], distinct // 2 % 10, distinct % 2 == 1,
-                     object_id, box, grid, first, count)
+        whole = distinct % 2 == 1
+        return Grids(self.bitmaps[distinct // 2], whole, object_id, colour, box, grid, first, count)
 
 def _turn_boxes(box, whole, symmetry):
     """Boxes (R, L, 4) inside grids with boxes `whole`, turned by `symmetry` (R, L) as `turn` turns a grid."""
@@ -422,19 +422,23 @@ def _turn_boxes(box, whole, symmetry):
 
 class Batch(NamedTuple):
     grids: Grids                 # ordered task, pair, side: inputs and outputs alternate
-    index: torch.Tensor          # (B, 4) in1, out1, in2, out2 of each window
-    object_sample: torch.Tensor  # at most G of the U distinct objects, drawn at random
+    index: torch.Tensor          # (B, 2 K + 2) in1, out1, ..., inK, outK, given, target of each window
+    shown: torch.Tensor          # (B, K) bool: which demonstrations the window has; the first always
+    targets: torch.Tensor        # the distinct targets of the batch
+    object_sample: torch.Tensor  # at most G of the U distinct shapes, drawn at random
 
 class TaskSet:
     """Training tasks on the device. A batch has `pairs` pairs of each of its tasks, under one symmetry and
-    one recolouring; half of the tasks are run backwards, from outputs to inputs. All ordered choices of two
-    pairs of a task are windows, so each grid is encoded once and used in several. Every task is equally
-    likely; the draw depends on (seed, step) alone."""
-    def __init__(self, tasks: dict[str, Task], device="cpu", pairs: int = 3, augment: bool = True):
+    one recolouring; half of the tasks are run backwards, from outputs to inputs. All ordered choices of a
+    first demonstration and a given pair are windows, with 1 to `demonstrations` pairs in all shown, so each
+    grid is encoded once and used in several. Every task is equally likely; the draw depends on (seed, step)
+    alone."""
+    def __init__(self, tasks: dict[str, Task], device="cpu", demonstrations: int = 2, augment: bool = True):
         complete = [pairs_of(task) for task in tasks.values() if len(pairs_of(task)) > 1]
         self.augment = augment
         self.sizes = np.array([len(group) for group in complete])              # pairs of each task
-        self.pairs = min(pairs, int(self.sizes.max()))
+        self.demonstrations = demonstrations                                   # K
+        self.pairs = min(max(3, demonstrations + 1), int(self.sizes.max()))
         self.starts = np.cumsum(2 * self.sizes) - 2 * self.sizes               # first grid of each task
         self.windows = int((self.sizes * (self.sizes - 1)).sum())
         self.table = TokenTable([side for group in complete for pair in group for side in pair], device)
@@ -451,8 +455,14 @@ class TaskSet:
         grids = (self.starts[tasks, None, None] + 2 * order[:, :, None] + [0, 1]).ravel()
         task, a, b = np.indices((count, self.pairs, self.pairs))
         window = (a != b) & real[task, a] & real[task, b]
-        given, query = (2 * (task * self.pairs + pair)[window] for pair in (a, b))
-        index = np.stack([given, given + 1, query, query + 1], 1)[:size]       # inputs and outputs alternate
+        task, a, b = (x[window][:size, None] for x in (task, a, b))            # (windows, 1)
+        others = real[task, :self.pairs].sum(2) - 1                            # pairs that can be shown
+        place = (a - (a > b) + np.arange(self.demonstrations)) % others        # in a circle from a, without b
+        pair = np.hstack([place + (place >= b), b])                            # (windows, K + 1)
+        index = 2 * (task * self.pairs + pair)
+        index = np.stack([index, index + 1], 2).reshape(len(index), -1)        # inputs and outputs alternate
+        wanted = random.integers(1, self.demonstrations + 1, others.shape)
+        shown = np.arange(self.demonstrations) < np.minimum(others, wanted)    # (windows, K)
         symmetry = colours = None
         if self.augment:
             each = 2 * self.pairs                                              # grids of a task
@@ -461,9 +471,11 @@ class TaskSet:
             backwards = (random.random(count) < 0.5)[index[:, 0] // each]      # (out1, in1, out2) -> in2
             index[backwards] ^= 1                       # places 2j and 2j + 1: a pair's input and output swap
         arrays = self.table.arrange(grids, symmetry, colours)
+        targets = np.unique(index[:, -1])
         object_sample = random.permutation(len(arrays[3]))[:len(grids)]
-        index, object_sample, *arrays = upload([index, object_sample, *arrays], self.table.device)
-        return Batch(self.table.fill(*arrays), index, object_sample)
+        arrays = upload([index, shown, targets, object_sample, *arrays], self.table.device)
+        index, shown, targets, object_sample, *arrays = arrays
+        return Batch(self.table.fill(*arrays), index, shown.bool(), targets, object_sample)
 # --------------------------------------------------------------------------------------------- the command
 def main():
     for source in sys.argv[1:] or SOURCES:

@@ -574,7 +574,7 @@ def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
     """All that the quantizer reads of each token (n,), as one number, and the tokens."""
     tokens = arc_data.tokenise(grids)
     whole = np.isin(np.arange(len(tokens.shape)), tokens.start)
-    return (tokens.shape * 10 + tokens.colour) * 2 + whole, tokens
+    return tokens.shape * 2 + whole, tokens
 
 
 def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:
@@ -828,6 +828,7 @@ def result_figures(done: Evaluation) -> dict:
         result[name] = health["codes"].get(f"{name}_by_occurrence")
     for role in ("context", "target"):
         result[f"effective_rank_{role}"] = health[role]["effective_rank"]
+    result |= {name: health["target"][name] for name in ("sigreg_over_null", "sigreg_n")}
     result["prediction"] = health["prediction"]
     for name in ("ndcg10_without_out1", "within_task"):
         unlearned = [value for row, value in baselines[name].items() if not row.endswith(LEARNED)]

@@ -28,7 +28,7 @@ nDCG@10 0.79 (without out1); the best baseline without learning has 0.776. The m
     tasks = load_tasks("tasks")                   # a folder of ARC tasks, ID.json
     cfg = resolve_defaults(Config(steps=20, batch_size=48))
     model = build(cfg).to(cfg.device)
-    train(model, make_optimizers(model, cfg), TaskSet(tasks, cfg.device), cfg)
+    train(model, make_optimizers(model, cfg), TaskSet(tasks, cfg.device, cfg.demonstrations), cfg)
     (in1, out1), (in2, out2) = next(iter(tasks.values())).train[:2]
     z_hat = model.eval().predict([(in1, out1, in2)])              # (1, D)
     distance = (z_hat - model.embed([out2])).norm()
@@ -96,7 +96,9 @@ class Config:
     batch_size: Annotated[int | None, "windows in a batch, six of each task (default: the size's own)"] = None
     lr: Annotated[float | None, "learning rate after the warm-up (default: the size's own)"] = None
     weight_decay: Annotated[float, "decoupled weight decay of matrices"] = 0.5
-    lam: Annotated[float, "weight of SIGReg; 1 - lam is the weight of the prediction"] = 0.35
+    demonstrations: Annotated[int, "K: a training window shows 1 to K demonstrations"] = 2
+    lam: Annotated[float, "weight of SIGReg; 1 - lam is the weight of the prediction"] = 0.5
+    memory: Annotated[int, "earlier targets in SIGReg(z)'s sample; 0: SIGReg(z) as published"] = 1024
     seed: Annotated[int, "seed of weights, batches and directions"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU if torch finds one"] = "auto"
     dtype: Annotated[Literal["bf16", "fp32"], "bf16 (autocast, fp32 weights) or fp32"] = "bf16"
@@ -123,48 +125,57 @@ def resolve_defaults(cfg: Config) -> Config:
 
 KNOTS = 17                                     # of the published grid: t_k = k DT on [0, 3]
 DT = 3 / (KNOTS - 1)
-FREQUENCY = 2.0                                # the frequency at which z is tested
 SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
+LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
-def sigreg(z: Tensor, directions: Tensor, frequency: float | None = None) -> Tensor:
+def sigreg(z: Tensor, directions: Tensor) -> Tensor:
     """How far embeddings are from N(0, I): the Epps-Pulley statistic, averaged over random directions.
 
     z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
     directions  (D, M)               unit columns, drawn anew at every step
-    frequency   t > 0                test the characteristic function at t alone; default: 17 knots on [0, 3]
-    returns     scalar               1.0525 on average for N(0, I), whatever N and D; for a collapsed encoder
-                                     0.402 N on the grid and 0.802 N at t = 2
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed
+                                     encoder
 
-    Averaged over all directions, the test at t repels two samples at distance d by exp(-t^2 d^2 / 2 D): a
-    high frequency separates close pairs and leaves distant pairs alone. The published grid has most weight at
-    t < 1 and mostly repels pairs that are far apart already. Half types are raised to fp32.
-
-    Raises ValueError for a view of one sample or shapes that do not match. Source: arXiv:2511.08544, on the
-    grid of its authors' code, mean over V and M. The test at one frequency and the closed form are ours.
+    Half types are raised to fp32; float64 stays. Raises ValueError for a view of one sample or shapes that do
+    not match. Source: arXiv:2511.08544, on the grid of its authors' code, mean over V and M. The closed form
+    of the sums over frequencies is ours.
     """
     if z.ndim not in (2, 3) or z.shape[-2] < 2 or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
         raise ValueError("sigreg takes z (V, N, D) or (N, D) of at least 2 samples and directions (D, M), "
                          f"not {tuple(z.shape)} and {tuple(directions.shape)}")
-    if frequency is not None and not 0 < frequency < math.inf:
-        raise ValueError(f"sigreg tests at a frequency t > 0, not {frequency}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         views = z.view(-1, *z.shape[-2:])                                      # (V, N, D)
         x = directions.to(z.dtype).T @ views.transpose(1, 2)                   # (V, M, N)
-        return EppsPulley.apply(x.flatten(0, 1), *knots(x, frequency)).mean()
+        t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 both are 1
+        phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
+        weight = 2 * DT * phi
+        weight[-1] /= 2                                                        # the trapezoid rule
+        return EppsPulley.apply(x.flatten(0, 1), t, phi, weight).mean()
 
 
-def knots(like: Tensor, frequency: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Frequencies t (T,): the published grid without t = 0, or one; phi (T,) of N(0, 1); weights (T,)."""
-    count, first = (KNOTS - 1, DT) if frequency is None else (1, frequency)
-    t = torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * first
-    phi = torch.exp(-t.square() / 2)
-    if frequency is not None:
-        return t, phi, SIGREG_NULL / (1 - phi.square())
-    weight = 2 * DT * phi
-    weight[-1] /= 2                                    # the trapezoid rule
-    return t, phi, weight
+def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
+    """SIGReg at one high frequency t, with a logarithm for each sample: how crowded embeddings are.
+
+    z        (N, D)  embeddings of length sqrt(D); gradients flow into both members of a pair
+    memory   (Q, D)  earlier embeddings, without gradient; the first `filled` (0-d) rows are used
+    returns  scalar  in units of |z_i - z_j|^2 / D: 2 for a collapsed encoder, t^2 / D for a uniform sphere
+
+    Averaged over all directions, the Epps-Pulley statistic at t is the mean over pairs of exp(-t^2 d^2 / 2 D)
+    plus what depends on lengths alone. That mean is ruled by the most crowded regions. Here each sample takes
+    the logarithm of its own mean first, so every sample repels its own close neighbours with equal weight:
+
+        2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
+
+    This is also the denominator of InfoNCE, asked of the targets instead of the predictions, and uniformity
+    (arXiv:2005.10242) with the logarithm inside the mean.
+    """
+    t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
+    squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
+    unused = (place >= len(z) + filled) | (place == place[:len(z), None])      # empty rows, and i itself
+    kernel = (-t2 / 2 * squared).masked_fill(unused, -math.inf)
+    return 2 + 2 / t2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
 class EppsPulley(torch.autograd.Function):
@@ -240,21 +251,29 @@ def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
 class LeJEPALoss(nn.Module):
     """The objective. Another objective is a module with the same two methods."""
 
-    def __init__(self, model):
+    def __init__(self, model, cfg: Config):
         super().__init__()
+        self.register_buffer("memory", torch.zeros(cfg.memory, SIZES[cfg.size].dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         """The loss and its terms. directions (D, M) test z, code_directions (m / C, M') the y of one code."""
-        target = F.embedding(batch.index[:, 3], z)                             # (B, D), with its gradient
-        prediction = (z_hat - target).square().mean()
-        roles = torch.stack([z[0::2], z[1::2]])  # (2, G / 2, D): the grids are input, output, input, ...
-        sigreg_z = sigreg(roles, directions, FREQUENCY)
-        sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct objects
+        prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
+        sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
+        sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
         sigreg_y = model.in_use[0].quantizer.regulariser(sample, code_directions)
-        regulariser = (sigreg_z + sigreg_y) / 2
-        loss = (1 - lam) * prediction + lam * regulariser
-        terms = {"prediction": prediction, "sigreg": regulariser, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
-        return loss, terms
+        loss = (1 - lam) * prediction + lam * (sigreg_z + sigreg_y)
+        return loss, {"prediction": prediction, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
+
+    def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
+        """SIGReg(z) of the distinct targets (N, D) against the memory; of all z (G, D) without a memory."""
+        if len(self.memory) == 0:
+            return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: all inputs, all outputs
+        value = local_sigreg(targets, self.memory, self.filled)
+        if self.training:
+            self.memory.copy_(torch.cat([targets.detach(), self.memory])[:len(self.memory)])
+            self.filled.add_(len(targets)).clamp_(max=len(self.memory))
+        return value
 
     def readout(self, z: Tensor) -> Tensor:
         """The embedding that evaluation compares, by Euclidean distance."""
@@ -339,81 +358,106 @@ def embedding_head(inputs: int, size: Size) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(size.hidden, size.dim))
 
 
+def widening(width: int, wider: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wider), nn.GELU())
+
+
 class ObjectHead(nn.Module):
-    """Maps what an object is (bitmap, colour) to y. It sees neither the position nor other objects."""
+    """Maps the bitmap of an object to y. It sees neither colour nor position nor other objects."""
 
     def __init__(self, width: int):
         super().__init__()
         self.bitmap = nn.Linear(8 * BYTES, width)
-        self.colour = nn.Embedding(10, width)
         self.area = nn.Linear(1, width, bias=False)
         self.whole = nn.Parameter(torch.zeros(width))
         layers = [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS))]
         self.mlp = nn.Sequential(nn.GELU(), *layers)
-        nn.init.normal_(self.colour.weight, std=0.5)
+        nn.init.normal_(self.bitmap.weight, std=0.3)                           # y starts with variance 1:
+        nn.init.normal_(self.mlp[-1].weight, std=0.2)                          # where it is 0, so is the gradient
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
-        """y (U, m) of the distinct objects."""
+        """y (U, m) of the distinct shapes."""
         bits = ((grids.bits[:, :, None] >> self.shifts) & 1).flatten(1).float()                # (U, 8 BYTES)
         area = torch.log1p(bits.sum(1, keepdim=True)) / 3
-        x = self.bitmap(bits) + self.colour(grids.colour) + self.area(area)
-        x = x + grids.whole[:, None] * self.whole
+        x = self.bitmap(bits) + self.area(area) + grids.whole[:, None] * self.whole
         return self.mlp(x).float()                                                             # (U, m)
 
 
 class Encoder(nn.Module):
-    """Quantizes the objects of each grid, relates the symbols (codes, box), pools them and projects to z.
+    """Quantizes the shapes of each grid, relates the symbols (codes, colour, box), pools, projects to z.
 
     z is normalised to length sqrt(D), where each coordinate has variance 1; at length 1 SIGReg has no effect.
     Without the normalisation the encoder lowers the error by shrinking the embeddings of hard grids.
     """
+    NESTED = 0.25                              # share of the shapes whose last codes are dropped in training
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
         self.objects, self.quantizer = ObjectHead(size.width), quantizer
+        self.codes_kept = CODES                # in eval mode; 1 reads the first code of each object alone
         self.symbol = nn.Linear(CODES * len(LEVELS), size.width)
+        self.colour = nn.Embedding(10, size.width)
         self.box = nn.Embedding(6 * (SIDE + 1), size.width)  # top, left, height, width, bottom, right
         self.whole = nn.Parameter(torch.randn(size.width) * 0.02)
+        self.widen_symbols = widening(size.width, size.pooled // 2)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
-        self.widen = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, size.pooled), nn.GELU())
-        self.projector = embedding_head(4 * size.pooled, size)
+        self.widen = widening(size.width, size.pooled)
+        self.projector = embedding_head(5 * size.pooled, size)
+        nn.init.normal_(self.colour.weight, std=0.5)
         nn.init.normal_(self.box.weight, std=0.1)
         self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
 
     def forward(self, grids: Grids) -> tuple[Tensor, Tensor]:
-        """z (G, D) of the grids and y (U, m) of their distinct objects."""
+        """z (G, D) of the grids and y (U, m) of their distinct shapes."""
         with record_function("code"):
             y = self.objects(grids)
-            code = self.quantizer(y)
+            code = self.drop_codes(self.quantizer(y))
         with record_function("encoder"):
-            return self.encode_symbols(code, grids), y
+            return self.project(self.pool_symbols(code, grids)), y
 
-    def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
-        """z (G, D), a function of the symbols alone: the codes (U, m) of distinct objects, and boxes."""
+    def drop_codes(self, code: Tensor) -> Tensor:
+        """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
+        kept = torch.full((len(code),), self.codes_kept, device=code.device)
+        if self.training:
+            fewer = torch.randint(1, CODES, kept.shape, device=code.device)
+            kept = torch.where(torch.rand(kept.shape, device=code.device) < self.NESTED, fewer, CODES)
+        place = torch.arange(code.shape[1], device=code.device) // len(LEVELS)                 # (m,)
+        return code * (place < kept[:, None])
+
+    def pool_symbols(self, code: Tensor, grids: Grids) -> Tensor:
+        """(G, 5 P), a function of the symbols alone: codes (U, m) of distinct shapes, colours and boxes."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
-        x = x + self.box(edges + self.tables).sum(-2)
+        x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
         x = x + grids.whole[grids.object_id][..., None] * self.whole
+        symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
         bias = torch.zeros(same_grid.shape, dtype=x.dtype, device=x.device).masked_fill(~same_grid, -math.inf)
         for block in self.blocks:
             x = block(x, bias)                                                                 # (R, L, W)
-        z = self.projector(self.pool(self.widen(x).float().flatten(0, 1), grids)).float()
-        return F.rms_norm(z, z.shape[-1:], eps=1e-6)  # (G, D), |z|^2 = D
+        return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
 
-    def pool(self, x: Tensor, grids: Grids) -> Tensor:
-        """x (R L, P) -> (G, 4 P): whole-grid token, mean, sum / 2 sqrt(count), maximum of a grid's tokens."""
+    def pool(self, x: Tensor, symbols: Tensor, grids: Grids) -> Tensor:
+        """x (R L, P) -> (G, 5 P): whole-grid token and maximum of x, mean and sum of x and of the symbols."""
         count, owner = len(grids.first), grids.grid.flatten()          # an empty slot has owner G
-        total = x.new_zeros(count + 1, x.shape[1]).index_add(0, owner, x)[:count]
+        both = torch.cat([x, symbols], 1)
+        total = both.new_zeros(count + 1, both.shape[1]).index_add(0, owner, both)[:count]
         owners = owner[:, None].expand_as(x)
         highest = x.new_full((count + 1, x.shape[1]), -1e4).scatter_reduce(0, owners, x, "amax")[:count]
         tokens = grids.count[:, None].float()
-        return torch.cat([x[grids.first], total / tokens, total / tokens.sqrt() / 2, highest], 1)
+        return torch.cat([x[grids.first], highest, total / tokens, total / tokens.sqrt() / 2], 1)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(G, 5 P) -> z (G, D), |z|^2 = D."""
+        z = self.projector(pooled).float()
+        return F.rms_norm(z, z.shape[-1:], eps=1e-6)
 
 
 class Predictor(nn.Module):
-    """z_hat of out2: the analogy z_out1 + z_in2 - z_in1 plus a correction by a transformer over the three."""
+    """z_hat of the answer: the analogy, z of the given grid + the mean over demonstrations of z_out - z_in,
+    plus a correction by a transformer over all of them. The order of the demonstrations makes no difference.
+    """
 
     def __init__(self, size: Size):
         super().__init__()
@@ -425,23 +469,32 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.head[-1].weight)                           # training starts from the analogy
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z (B, 3, D) of in1, out1, in2 -> z_hat (B, D)."""
-        x = torch.cat([self.query(z.flatten(1))[:, None], self.token(z) + self.role], 1)       # (B, 4, W)
+    def forward(self, z: Tensor, shown: Tensor) -> Tensor:
+        """z (B, 2 K + 1, D) of in1, out1, ..., given and shown (B, K) bool -> z_hat (B, D)."""
+        given, count = z[:, -1:], shown.shape[1]
+        pairs = z[:, :-1].unflatten(1, (count, 2))                                     # (B, K, 2, D)
+        queries = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))   # (B, K, W)
+        tokens = (self.token(pairs) + self.role[:2]).flatten(1, 2)                     # (B, 2 K, W)
+        x = torch.cat([queries, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
+        hidden = torch.cat([~shown, ~shown.repeat_interleave(2, 1), ~shown.any(1, True)], 1)
+        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -math.inf)
         for block in self.blocks:
-            x = block(x)
-        in1, out1, in2 = z.unbind(1)
-        return out1 + in2 - in1 + self.head(self.norm(x[:, 0])).float()                        # (B, D)
+            x = block(x, bias[:, None, None])
+        share = shown[..., None] / shown.sum(1)[:, None, None]                         # (B, K, 1)
+        change = (share * (pairs[:, :, 1] - pairs[:, :, 0])).sum(1)                    # (B, D)
+        query = (share * self.norm(x[:, :count])).sum(1)                               # (B, W)
+        return given[:, 0] + change + self.head(query).float()
 
 
 class LeJEPA(nn.Module):
     """Encoder and predictor: forward takes a batch, the rest lists of grids; averaged weights in eval."""
     CHUNK = 512  # grids encoded, and demonstrations predicted from, at once
 
-    def __init__(self, size: Size, quantizer: nn.Module, objective):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.encoder, self.predictor = Encoder(size, quantizer), Predictor(size)
-        self.objective = objective(self)
+        size = SIZES[cfg.size]
+        self.encoder, self.predictor = Encoder(size, QUANTIZERS[cfg.code](cfg)), Predictor(size)
+        self.objective = OBJECTIVES[cfg.objective](self, cfg)
         parts = {"encoder": self.encoder, "predictor": self.predictor}
         self.averaged = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
 
@@ -452,16 +505,19 @@ class LeJEPA(nn.Module):
         return holder.encoder, holder.predictor
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct objects."""
+        """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct shapes."""
         encoder, predictor = self.in_use
         z, y = encoder(batch.grids)
         with record_function("predictor"):
-            return z, predictor(F.embedding(batch.index[:, :3], z)), y
+            return z, predictor(F.embedding(batch.index[:, :-1], z), batch.shown), y
 
     @torch.no_grad()
-    def embed(self, grids: list) -> Tensor:
-        """z (n, D) of 2-D integer arrays or nested lists."""
-        return self.objective.readout(self._encode(validate_grids(grids)))
+    def embed(self, grids: list, layer: str = "z") -> Tensor:
+        """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": what becomes z, (n, 5 P)."""
+        if layer not in ("z", "pooled"):
+            raise ValueError(f"embed gives layer z or pooled, not {layer!r}")
+        grids = validate_grids(grids)
+        return self.objective.readout(self._encode(grids)) if layer == "z" else self._encode(grids, layer)
 
     @torch.no_grad()
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
@@ -481,18 +537,23 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def predict(self, contexts: list) -> Tensor:
-        """z_hat (n, D) of contexts (in1, out1, ..., ink, outk, given): the mean over the k demonstrations."""
+        """z_hat (n, D) of contexts (in1, out1, ..., ink, outk, given), each with its own k >= 1."""
         contexts = validate_contexts(contexts)
         grids, index = unique_grids([grid for context in contexts for grid in context])
-        z, index, windows = self._encode(grids), iter(index), []
-        for context in contexts:
-            *pairs, given = [next(index) for _ in context]
-            windows += [(*pairs[i:i + 2], given) for i in range(0, len(pairs), 2)]
-        windows = torch.tensor(windows, dtype=torch.int64, device=z.device).view(-1, 3)
+        z, lengths = self._encode(grids), [len(context) for context in contexts]
+        rows = torch.tensor(index, device=z.device).split(lengths)
+        z_hat = z.new_empty(len(contexts), z.shape[1])
+        for length in set(lengths):                    # contexts of one length at a time
+            where = [i for i in range(len(contexts)) if lengths[i] == length]
+            step = max(1, 3 * self.CHUNK // length)
+            for part in (where[i:i + step] for i in range(0, len(where), step)):
+                z_hat[part] = self.predict_from(z[torch.stack([rows[i] for i in part])])
+        return self.objective.readout(z_hat)
+
+    def predict_from(self, z: Tensor) -> Tensor:
+        """z (n, 2 k + 1, D) of contexts with k demonstrations -> z_hat (n, D)."""
         _, predictor = self.in_use
-        z_hat = torch.cat([z[:0], *(predictor(z[part]) for part in windows.split(self.CHUNK) if len(part))])
-        means = [part.mean(0) for part in z_hat.split([len(context) // 2 for context in contexts])]
-        return self.objective.readout(torch.stack(means) if means else z_hat)
+        return predictor(z, torch.ones(len(z), z.shape[1] // 2, dtype=torch.bool, device=z.device))
 
     @torch.no_grad()
     def rank(self, demonstrations: list, given, candidates: list) -> Tensor:
@@ -500,9 +561,15 @@ class LeJEPA(nn.Module):
         z_hat = self.predict([[*(grid for pair in demonstrations for grid in pair), given]])   # (1, D)
         return -(self.embed(validate_grids(candidates, "candidate {}".format)) - z_hat).square().sum(1)
 
-    def _encode(self, grids: list[np.ndarray]) -> Tensor:
-        z = [self.in_use[0](chunk)[0] for chunk in self._chunks(grids)]
-        return torch.cat(z) if z else self.predictor.role.new_empty(0, self.predictor.token.in_features)
+    def _encode(self, grids: list[np.ndarray], layer: str = "z") -> Tensor:
+        encoder, _ = self.in_use
+        found = []
+        for chunk in self._chunks(grids):
+            code = encoder.drop_codes(encoder.quantizer(encoder.objects(chunk)))
+            pooled = encoder.pool_symbols(code, chunk)
+            found.append(encoder.project(pooled) if layer == "z" else pooled)
+        width = encoder.projector[-1].out_features if layer == "z" else encoder.projector[0].in_features
+        return torch.cat(found) if found else self.predictor.role.new_empty(0, width)
 
     def _chunks(self, grids: list[np.ndarray]):
         table = TokenTable(grids, self.predictor.role.device, turned=False) if grids else None
@@ -514,7 +581,7 @@ def build(cfg: Config) -> LeJEPA:
     """The model of a Config with the weights of its seed, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return LeJEPA(SIZES[cfg.size], QUANTIZERS[cfg.code](cfg), OBJECTIVES[cfg.objective])
+        return LeJEPA(cfg)
 
 
 # --------------------------------------------------------------------------------------------- 4 Optimizer
@@ -675,7 +742,7 @@ class EMAQuantizer(nn.Module):
 
     def __init__(self, lam: float):
         super().__init__()
-        self.weight = 2 * self.COMMITMENT / max(lam, 1e-6)             # compute_loss multiplies by lam / 2
+        self.weight = self.COMMITMENT / max(lam, 1e-6)                 # compute_loss multiplies by lam
         self.register_buffer("vectors", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
         self.register_buffer("members", torch.ones(CODES, CODE_SIZE))
         self.register_buffer("total", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
@@ -729,7 +796,7 @@ class InfoNCE(nn.Module):
     """
     QUEUE, DECAY, COLDEST, WARMEST = 8192, 0.99, 0.05, 0.20
 
-    def __init__(self, model):
+    def __init__(self, model, cfg: Config):
         super().__init__()
         self.target = copy.deepcopy(model.encoder).requires_grad_(False)
         for part in self.target.modules():
@@ -745,8 +812,8 @@ class InfoNCE(nn.Module):
         if self.training:
             for average, now in zip(self.target.parameters(), model.encoder.parameters()):
                 average.lerp_(now, 1 - self.DECAY)
-        grids, own = batch.index[:, 3].unique(return_inverse=True)
-        return F.normalize(self.target(batch.grids)[0][grids].float(), dim=-1), own
+        own = torch.searchsorted(batch.targets, batch.index[:, -1].contiguous())
+        return F.normalize(self.target(batch.grids)[0][batch.targets].float(), dim=-1), own
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         keys, own = self.targets(batch, model)
@@ -759,9 +826,8 @@ class InfoNCE(nn.Module):
             self.filled += len(keys)
         prediction, sigreg_z = F.cross_entropy(logits, own), z.new_zeros(())
         sigreg_y = model.in_use[0].quantizer.regulariser(y[batch.object_sample], code_directions)
-        regulariser = (sigreg_z + sigreg_y) / 2
-        terms = {"prediction": prediction, "sigreg": regulariser, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
-        return (1 - lam) * prediction + lam * regulariser, terms
+        loss = (1 - lam) * prediction + lam * (sigreg_z + sigreg_y)
+        return loss, {"prediction": prediction, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
 
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)

@@ -121,16 +121,13 @@ def machine_table(args):
     yield "copy, GB/s read and written", 2 * source.nbytes / min(spent) / 1e9
 
 
-def plain_sigreg(z, directions, frequency=None):
-    """The published formula as one writes it down, or the same at one t. Keeps (N, M, T) numbers."""
+def plain_sigreg(z, directions):
+    """The published formula as one writes it down. Keeps (N, M, T) numbers."""
     if z.ndim == 3:
-        return torch.stack([plain_sigreg(view, directions, frequency) for view in z]).mean()
+        return torch.stack([plain_sigreg(view, directions) for view in z]).mean()
     t = torch.linspace(0, 3, 17, device=z.device)
     weights = 2 * 3 / 16 * torch.exp(-t ** 2 / 2)
     weights[[0, -1]] /= 2
-    if frequency is not None:
-        t = torch.full_like(t[:1], frequency)
-        weights = lejepa.SIGREG_NULL / (1 - torch.exp(-t ** 2))
     with torch.autocast(z.device.type, enabled=False):
         x = (z.float() @ directions).unsqueeze(-1) * t                         # (N, M, T)
         error = (x.cos().mean(0) - torch.exp(-t ** 2 / 2)) ** 2 + x.sin().mean(0) ** 2
@@ -143,21 +140,22 @@ def sigreg_table(args):
     yield f"SIGReg, forward + backward, fp32, {M} directions"
     yield ("N x D", "case", "ms", "over its products",
            *(f"times as fast as the plain form, {mode}" for mode in modes), "memory, N M floats")
-    forms = {"plain": plain_sigreg, "closed form": lejepa.sigreg,
-             "at one frequency": functools.partial(lejepa.sigreg, frequency=lejepa.FREQUENCY)}
     sizes = [lejepa.SIZES[size] for size in args.size] if args.device == "cuda" else []
     for N, D in [(size.batch_size // 2, size.dim) for size in sizes] or [(1024, 128), (4096, 384)]:
         z = torch.randn(N, D, device=args.device, requires_grad=True)
         directions = F.normalize(torch.randn(D, M, device=args.device), dim=0)
+        memory, filled = torch.randn(M, D, device=args.device), torch.tensor(M, device=args.device)
+        forms = {"plain": plain_sigreg, "closed form": lejepa.sigreg,
+                 "local, memory": lambda z, _: lejepa.local_sigreg(z, memory, filled)}
         cases = {"products": lambda: (z.detach() @ directions) @ directions.T}
         for name, mode in [(name, mode) for mode in modes for name in forms]:
             form = forms[name] if mode == "eager" else torch.compile(forms[name], dynamic=False)
             cases[f"{name}, {mode}"] = lambda form=form: torch.autograd.grad(form(z, directions), z)
         times = take_turns(cases, args.rounds, args.device)
         for name, spent in times.items():
-            memory = (peak_bytes(cases[name], args.device) - z.nbytes) / (4 * N * M)
+            floats = (peak_bytes(cases[name], args.device) - z.nbytes) / (4 * N * M)
             plain = [spent.against(times[f"plain, {mode}"]) for mode in modes]
-            yield f"{N} x {D}", name, spent, times["products"].against(spent), *plain, f"{memory:.2f}"
+            yield f"{N} x {D}", name, spent, times["products"].against(spent), *plain, f"{floats:.2f}"
 
 
 class Step:
@@ -186,19 +184,20 @@ def draw_naive(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     data = copy.copy(data)
     data.pairs = 2
     batch = padded(data, 2 * windows, seed, step)
-    return batch._replace(index=batch.index[::2])
+    return batch._replace(index=batch.index[::2], shown=batch.shown[::2])
 
 
 def padded(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     """A batch with a padded row for each grid and a bitmap for each slot."""
     with mock.patch.object(arc_data, "pack", lambda counts: (np.arange(len(counts)) * SLOTS, len(counts))):
-        grids, index, sample = data.batch(windows, seed, step)
+        batch = data.batch(windows, seed, step)
+    grids = batch.grids
     held = grids.object_id.flatten()
     own = torch.arange(len(held), device=held.device)
     slot = own.new_empty(len(grids.bits)).scatter(0, held, own)              # (U,) one that holds the object
-    grids = grids._replace(bits=grids.bits[held], colour=grids.colour[held], whole=grids.whole[held],
+    grids = grids._replace(bits=grids.bits[held], whole=grids.whole[held],
                            object_id=own.view_as(grids.object_id))
-    return Batch(grids, index, slot[sample])
+    return batch._replace(grids=grids, object_sample=slot[batch.object_sample])
 
 
 def step_table(args):

@@ -19,7 +19,6 @@ import threading
 import time
 import types
 import typing
-from collections import deque
 from pathlib import Path
 
 import filelock
@@ -32,13 +31,12 @@ import lejepa
 from arc_data import TaskSet, TokenTable, make_windows
 from harness import checkpoint, profiling, report
 from harness.checkpoint import write_file
-from lejepa import SIGREG_NULL, Config
+from lejepa import Config
 
 LOG_EVERY = 10                                 # steps between two log lines
-NULL_STEPS = 100                               # training SIGReg is averaged over the last of these steps
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
-          "lam": (0, 1), "seed": (0, 2**31 - 1)}
+          "demonstrations": (1, 16), "lam": (0, 1), "memory": (0, 2**20), "seed": (0, 2**31 - 1)}
 
 # --------------------------------------------------------------------------------------------------- flags
 
@@ -89,6 +87,8 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         parser.error("--device cuda: torch finds no GPU here; use --device cpu or auto")
     if cfg.code == "none" and cfg.objective == "infonce" and cfg.lam != Config.lam:
         parser.error(f"--lam {cfg.lam} would be ignored: --code none with --objective infonce has no SIGReg")
+    if cfg.objective == "infonce" and cfg.memory != Config.memory:
+        parser.error(f"--memory {cfg.memory} would be ignored: --objective infonce has a queue of its own")
     if cfg.code == "ema" and cfg.lam == 0:
         parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
     return lejepa.resolve_defaults(cfg)
@@ -207,14 +207,13 @@ class RunLog:
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
         self.digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
-        self.validation = TaskSet(held_out, cfg.device, augment=False)
+        self.validation = TaskSet(held_out, cfg.device, cfg.demonstrations, augment=False)
         table = TokenTable(self.unseen.grids, cfg.device, turned=False)
         self.objects = table.pack_grids(np.arange(len(self.unseen.grids)))
         self.earlier = state["seconds"]
         self.grad_sum = torch.tensor(state["grad_sum"], device=cfg.device)
         self.grad_max = torch.tensor(state["grad_max"], device=cfg.device)
-        self.sigregs = deque(state["sigregs"], maxlen=NULL_STEPS)
-        self.windows, self.samples = state["windows"], state["samples"]
+        self.windows = state["windows"]
         self.mark, self.evaluating = (self.windows, time.monotonic()), 0.0
         self.first_bad = torch.zeros(1, device=cfg.device)  # the first step that is not finite, and its terms
         self.alerts = report.Alerts(checkpoint.read_log(self.folder) if start else ())
@@ -238,11 +237,9 @@ class RunLog:
         """Adds up what the end reports and keeps the first step that is not finite. Waits for nothing."""
         row = torch.stack([torch.full_like(metrics["loss"], step), *metrics.values()])
         self.first_bad = torch.where((self.first_bad[0] > 0) | row.isfinite().all(), self.first_bad, row)
-        self.sigregs.append(metrics["sigreg_z"])
         self.grad_sum = self.grad_sum + metrics["grad_norm"]
         self.grad_max = torch.maximum(self.grad_max, metrics["grad_norm"])
         self.windows += len(batch.index)
-        self.samples = len(batch.grids.first) // 2     # of a role, for SIGReg(z)
 
     def read(self, metrics: dict) -> dict[str, float]:
         """The terms of a step as numbers. Ends the run if they, or those of a step before, are not finite."""
@@ -269,8 +266,8 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
         left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
         print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}"
-              f"  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.3f}"
-              f"  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
+              f"  prediction {values['prediction']:.4f}  sigreg z {values['sigreg_z']:.3f}"
+              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
               flush=True)
         if figures:
             shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
@@ -317,8 +314,8 @@ class RunLog:
         log = (self.folder / "log.jsonl").read_bytes()
         state = {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(),
                  "tasks_sha256": self.digest, "threads": torch.get_num_threads(), "windows": self.windows,
-                 "seconds": round(self.seconds(), 3), "sigregs": [float(x) for x in self.sigregs],
-                 "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max), "samples": self.samples}
+                 "seconds": round(self.seconds(), 3),
+                 "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max)}
         checkpoint.save(self.folder, self.model, self.optimizers, step, self.cfg, commit(), state)
         self.saved = step
 
@@ -337,9 +334,7 @@ class RunLog:
         result = evaluation.evaluate(model, untrained, self.held_out, source=source)
         result = evaluation.result_figures(result)
         rows = checkpoint.read_log(self.folder)
-        sigreg_z = float(np.mean([float(x) for x in self.sigregs])) / SIGREG_NULL      # 0 without SIGReg(z)
-        result |= {"sigreg_over_null": sigreg_z or None, "sigreg_n": self.samples,
-                   "loss": self.validation_loss(), "steps": steps, "windows": self.windows,
+        result |= {"loss": self.validation_loss(), "steps": steps, "windows": self.windows,
                    "epochs": self.windows / epoch,
                    "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
                    "seconds": self.seconds(),
@@ -368,11 +363,11 @@ class RunLog:
 
 def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     """Everything else that can fail by what was given, before the first step. Errors say what."""
-    data = TaskSet(tasks, cfg.device)
+    data = TaskSet(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = lejepa.make_optimizers(model, cfg)
     start = 0
-    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0}
+    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0}
     digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
     if cfg.resume:
         start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
