@@ -1,27 +1,26 @@
 """LeJEPA for ARC: a world model of grids with discrete codes, in one file.
 
-1. A grid is a set of objects; a small network turns each distinct object into 20 numbers y.
+1. A grid is a set of objects; a small network turns the shape of each object into 20 numbers y.
 2. The numbers are cut at Gaussian quantiles into four discrete codes, with a straight-through gradient.
-3. A transformer embeds the symbols (codes, box) of one grid as z, a point on the sphere of radius sqrt(D).
-4. A predictor estimates z of out2 from z of (in1, out1, in2).
+3. A transformer embeds the symbols (codes, colour, box) of one grid as z, on the sphere of radius sqrt(D).
+4. A predictor estimates z of the answer from z of some demonstrations (in, out) and of a given grid.
 5. Both are trained together; gradients flow through both the prediction and the target:
 
-    loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y)) / 2
+    loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg measures how far a batch is from N(0, I). SIGReg(z) keeps embeddings spread over the sphere; SIGReg(y)
-keeps the numbers behind the codes Gaussian, so that all codes are equally likely. There is no teacher,
-stop-gradient, queue or codebook. Evaluation uses averaged weights; the training loss never does.
+SIGReg(y) measures how far the numbers behind the codes are from N(0, I); all codes are equally likely there.
+SIGReg(z) spreads the embeddings: each repels its close neighbours among those of this and the last few
+batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluation uses averaged weights.
 
-    B windows in a batch   G grids in a batch   U distinct objects   R rows of L token slots   W width
-    D embedding width   m numbers behind an object's codes   C codes of an object   P pooled width
-    V views   N samples of a view   M directions   T frequencies   n items of a list
+    B windows in a batch   G grids in a batch   K demonstrations   U distinct shapes   R rows of L token slots
+    W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
+    V views   N samples of a view   Q embeddings in the memory   M directions   T frequencies   n items
 
     python lejepa.py                            train, evaluate on unseen tasks, leave a record in runs/NAME/
     python lejepa.py --run runs/NAME --resume   continue a run with its flags, or with more --steps
     python lejepa.py --profile                  the training step under the profiler
 
-The default run takes about five minutes on two CPU cores. It ranks the outputs of 400 unseen tasks with
-nDCG@10 0.79 (without out1); the best baseline without learning has 0.776. The method without the harness:
+RESULT_LINES The method without the harness:
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
@@ -168,8 +167,8 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    This is also the denominator of InfoNCE, asked of the targets instead of the predictions, and uniformity
-    (arXiv:2005.10242) with the logarithm inside the mean.
+    This is uniformity (arXiv:2005.10242) with the logarithm inside the mean, and the denominator of InfoNCE
+    for targets instead of predictions.
     """
     t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
@@ -353,9 +352,8 @@ class Block(nn.Module):
 
 
 def embedding_head(inputs: int, size: Size) -> nn.Sequential:
-    """Maps to an embedding: BatchNorm in the hidden layer, a plain linear layer last."""
-    hidden = [nn.Linear(inputs, size.hidden), nn.BatchNorm1d(size.hidden), nn.GELU()]
-    return nn.Sequential(*hidden, nn.Linear(size.hidden, size.dim))
+    norm = nn.BatchNorm1d(size.hidden)                 # in the hidden layer; a plain linear layer is last
+    return nn.Sequential(nn.Linear(inputs, size.hidden), norm, nn.GELU(), nn.Linear(size.hidden, size.dim))
 
 
 def widening(width: int, wider: int) -> nn.Sequential:
@@ -363,7 +361,7 @@ def widening(width: int, wider: int) -> nn.Sequential:
 
 
 class ObjectHead(nn.Module):
-    """Maps the bitmap of an object to y. It sees neither colour nor position nor other objects."""
+    """Maps the bitmap of an object to y. It sees no colour, position or other object."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -372,8 +370,8 @@ class ObjectHead(nn.Module):
         self.whole = nn.Parameter(torch.zeros(width))
         layers = [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS))]
         self.mlp = nn.Sequential(nn.GELU(), *layers)
-        nn.init.normal_(self.bitmap.weight, std=0.3)                           # y starts with variance 1:
-        nn.init.normal_(self.mlp[-1].weight, std=0.2)                          # where it is 0, so is the gradient
+        nn.init.normal_(self.bitmap.weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
+        nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
@@ -404,17 +402,22 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
         self.widen = widening(size.width, size.pooled)
         self.projector = embedding_head(5 * size.pooled, size)
+        self.widths = {"pooled": 5 * size.pooled, "z": size.dim}
         nn.init.normal_(self.colour.weight, std=0.5)
         nn.init.normal_(self.box.weight, std=0.1)
         self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
 
-    def forward(self, grids: Grids) -> tuple[Tensor, Tensor]:
-        """z (G, D) of the grids and y (U, m) of their distinct shapes."""
+    def forward(self, grids: Grids, layer: str = "z") -> tuple[Tensor, Tensor]:
+        """z (G, D) of the grids, or their pooled symbols (G, 5 P); y (U, m) of their distinct shapes."""
         with record_function("code"):
             y = self.objects(grids)
             code = self.drop_codes(self.quantizer(y))
         with record_function("encoder"):
-            return self.project(self.pool_symbols(code, grids)), y
+            x = self.encode_symbols(code, grids)
+            if layer == "z":
+                z = self.projector(x).float()
+                x = F.rms_norm(z, z.shape[-1:], eps=1e-6)                      # |z|^2 = D
+            return x, y
 
     def drop_codes(self, code: Tensor) -> Tensor:
         """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
@@ -425,7 +428,7 @@ class Encoder(nn.Module):
         place = torch.arange(code.shape[1], device=code.device) // len(LEVELS)                 # (m,)
         return code * (place < kept[:, None])
 
-    def pool_symbols(self, code: Tensor, grids: Grids) -> Tensor:
+    def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
         """(G, 5 P), a function of the symbols alone: codes (U, m) of distinct shapes, colours and boxes."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
@@ -448,11 +451,6 @@ class Encoder(nn.Module):
         tokens = grids.count[:, None].float()
         return torch.cat([x[grids.first], highest, total / tokens, total / tokens.sqrt() / 2], 1)
 
-    def project(self, pooled: Tensor) -> Tensor:
-        """(G, 5 P) -> z (G, D), |z|^2 = D."""
-        z = self.projector(pooled).float()
-        return F.rms_norm(z, z.shape[-1:], eps=1e-6)
-
 
 class Predictor(nn.Module):
     """z_hat of the answer: the analogy, z of the given grid + the mean over demonstrations of z_out - z_in,
@@ -469,9 +467,10 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.head[-1].weight)                           # training starts from the analogy
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self, z: Tensor, shown: Tensor) -> Tensor:
-        """z (B, 2 K + 1, D) of in1, out1, ..., given and shown (B, K) bool -> z_hat (B, D)."""
-        given, count = z[:, -1:], shown.shape[1]
+    def forward(self, z: Tensor, shown: Tensor | None = None) -> Tensor:
+        """z (B, 2 K + 1, D) of in1, out1, ..., given; shown (B, K) bool, by default all -> z_hat (B, D)."""
+        given, count = z[:, -1:], z.shape[1] // 2
+        shown = z.new_ones(len(z), count, dtype=torch.bool) if shown is None else shown
         pairs = z[:, :-1].unflatten(1, (count, 2))                                     # (B, K, 2, D)
         queries = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))   # (B, K, W)
         tokens = (self.token(pairs) + self.role[:2]).flatten(1, 2)                     # (B, 2 K, W)
@@ -514,10 +513,10 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def embed(self, grids: list, layer: str = "z") -> Tensor:
         """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": what becomes z, (n, 5 P)."""
-        if layer not in ("z", "pooled"):
+        if layer not in self.encoder.widths:
             raise ValueError(f"embed gives layer z or pooled, not {layer!r}")
-        grids = validate_grids(grids)
-        return self.objective.readout(self._encode(grids)) if layer == "z" else self._encode(grids, layer)
+        x = self._encode(validate_grids(grids), layer)
+        return self.objective.readout(x) if layer == "z" else x
 
     @torch.no_grad()
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
@@ -541,19 +540,14 @@ class LeJEPA(nn.Module):
         contexts = validate_contexts(contexts)
         grids, index = unique_grids([grid for context in contexts for grid in context])
         z, lengths = self._encode(grids), [len(context) for context in contexts]
-        rows = torch.tensor(index, device=z.device).split(lengths)
+        rows, (_, predictor) = torch.tensor(index, device=z.device).split(lengths), self.in_use
         z_hat = z.new_empty(len(contexts), z.shape[1])
         for length in set(lengths):                    # contexts of one length at a time
             where = [i for i in range(len(contexts)) if lengths[i] == length]
             step = max(1, 3 * self.CHUNK // length)
             for part in (where[i:i + step] for i in range(0, len(where), step)):
-                z_hat[part] = self.predict_from(z[torch.stack([rows[i] for i in part])])
+                z_hat[part] = predictor(z[torch.stack([rows[i] for i in part])])
         return self.objective.readout(z_hat)
-
-    def predict_from(self, z: Tensor) -> Tensor:
-        """z (n, 2 k + 1, D) of contexts with k demonstrations -> z_hat (n, D)."""
-        _, predictor = self.in_use
-        return predictor(z, torch.ones(len(z), z.shape[1] // 2, dtype=torch.bool, device=z.device))
 
     @torch.no_grad()
     def rank(self, demonstrations: list, given, candidates: list) -> Tensor:
@@ -562,14 +556,9 @@ class LeJEPA(nn.Module):
         return -(self.embed(validate_grids(candidates, "candidate {}".format)) - z_hat).square().sum(1)
 
     def _encode(self, grids: list[np.ndarray], layer: str = "z") -> Tensor:
-        encoder, _ = self.in_use
-        found = []
-        for chunk in self._chunks(grids):
-            code = encoder.drop_codes(encoder.quantizer(encoder.objects(chunk)))
-            pooled = encoder.pool_symbols(code, chunk)
-            found.append(encoder.project(pooled) if layer == "z" else pooled)
-        width = encoder.projector[-1].out_features if layer == "z" else encoder.projector[0].in_features
-        return torch.cat(found) if found else self.predictor.role.new_empty(0, width)
+        encoder, predictor = self.in_use
+        found = [encoder(chunk, layer)[0] for chunk in self._chunks(grids)]
+        return torch.cat(found) if found else predictor.role.new_empty(0, encoder.widths[layer])
 
     def _chunks(self, grids: list[np.ndarray]):
         table = TokenTable(grids, self.predictor.role.device, turned=False) if grids else None

@@ -28,7 +28,7 @@ def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
     computed here, so that a missing compiler or a broken cache shows now; the weights stay as they are.
     """
     print("compiling the model: this takes minutes the first time; Ctrl-C ends it", flush=True)
-    parts = ((model.encoder.objects, "forward"), (model.encoder, "pool_symbols"), (model.encoder, "project"),
+    parts = ((model.encoder.objects, "forward"), (model.encoder, "encode_symbols"),
              (model.predictor, "forward"), (model.objective, "compute_loss"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
