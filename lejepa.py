@@ -111,9 +111,8 @@ class Config:
 
 def resolve_defaults(cfg: Config) -> Config:
     """The Config for this machine: every None but `validate` and `run` is replaced."""
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found if cfg.device == "auto" else cfg.device
     size = cfg.size or ("base" if device == "cuda" else "small")
     defaults = SIZES[size]._asdict() | {"compile": device == "cuda"}
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
@@ -673,18 +672,19 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
             if not path.is_file():
                 raise ValueError("not a regular file" if path.exists() else "no such file")
             with safetensors.safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # no map of it
                 metadata = dict(file.metadata() or {})
             if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
                 raise ValueError("damaged, or not written by this program: its SHA-256 does not match")
-            if not all(value.isfinite().all() for value in tensors.values()):
-                raise ValueError("it holds nan or inf")
+            for name, value in tensors.items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} holds nan or inf")
             metadata = {name: json.loads(text) for name, text in metadata.items()}
         except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
             continue
         if problems:
-            print(f"{problems[0]}; continuing from {path}, step {metadata['step']}", file=sys.stderr)
+            print(f"{problems[0]}; continuing from {path}, step {metadata.get('step')}", file=sys.stderr)
         return tensors, metadata, path
     raise ValueError(f"no readable checkpoint ({'; '.join(problems)}); train again in another --run folder")
 
@@ -696,9 +696,11 @@ def load_run(path) -> tuple[LeJEPA, Config]:
         cfg = Config(**found["config"])
         model = build(cfg)
         model.load_state_dict({name[6:]: value for name, value in tensors.items() if name[:6] == "model."})
+        for name, value in model.state_dict().items():  # which would be cast without a word
+            if value.dtype != tensors[f"model.{name}"].dtype:
+                raise ValueError(f"{name} is not {value.dtype}")
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{path}: made by another version of lejepa.py: {message}") from None
+        raise ValueError(f"{path}: of another version of lejepa.py: {' '.join(str(error).split())}") from None
     return model.eval().requires_grad_(False), cfg
 
 

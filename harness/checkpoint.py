@@ -125,7 +125,8 @@ def load_optimizer(optimizer, prefix: str, tensors: dict[str, Tensor]):
             state.setdefault(int(p), {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p, parameter in enumerate(parameters):
-        fits = all(value.shape in ((), parameter.shape) for value in state.get(p, {}).values())
+        found = state.get(p, {}).values()
+        fits = all(value.shape in ((), parameter.shape) and value.dtype == parameter.dtype for value in found)
         if not fits or bool(state) != (p in state):
             raise ValueError(f"it does not fit this model: {prefix}{p} is missing or of another shape")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
@@ -145,6 +146,9 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
                              "put them back, or train in another --run folder")
         weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+        for name, value in state_of(model, []).items():
+            if value.dtype != weights[name].dtype:
+                raise TypeError(f"{name} is {weights[name].dtype}, not {value.dtype}")
         for number, optimizer in enumerate(optimizers):
             load_optimizer(optimizer, f"optimizer.{number}.", tensors)
         torch.set_rng_state(tensors["random"])
@@ -154,7 +158,7 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
                              "or train in another --run folder")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"{path}: made by another version of lejepa.py: {message}") from None
+        raise ValueError(f"{path}: of another version of lejepa.py: {message}") from None
     say_changes(cfg, found, commit)
     write_file(folder / "log.jsonl", log)
     if path.name != "last.safetensors":

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import arc_data
 import harness.run
@@ -47,7 +47,8 @@ def read_result(run):
 def read_tensors(run):
     """Tensors of last.safetensors, and its step, by safetensors alone."""
     with safe_open(run / "last.safetensors", "pt") as file:
-        return load_file(run / "last.safetensors"), int(file.metadata()["step"])
+        step = int(file.metadata()["step"])
+    return load((run / "last.safetensors").read_bytes()), step
 
 
 def assert_same_bits(run, other):
@@ -97,7 +98,7 @@ def refused(capsys, monkeypatch, *flags):
 
 
 def short_evaluation(model, untrained, tasks, **options):
-    """Two figures of all weights, in place of the evaluation at the end, which takes longer than a toy run."""
+    """Two figures of all weights, in place of the evaluation at the end, which takes longer than a run."""
     pairs = [pair for task in tasks.values() for pair in task.train]
     z, z_hat = model.embed([out for _, out in pairs]), model.predict([(*pair, pair[0]) for pair in pairs])
     error = float((z - z_hat).std())

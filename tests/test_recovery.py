@@ -460,7 +460,8 @@ def test_a_checkpoint_with_one_byte_changed_added_or_lost_is_refused_or_holds_th
 def test_every_changed_bit_of_a_tensor_and_every_changed_word_of_the_metadata_is_refused(tmp_path):
     save_toy(tmp_path)
     with safetensors.safe_open(tmp_path / "last.safetensors", "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # they mapped the file
+        metadata = file.metadata()
     expected = lejepa.read_checkpoint(tmp_path)
     for name, value in tensors.items():
         flat = value.clone().reshape(-1)
@@ -481,25 +482,31 @@ def sealed(tensors, metadata):
     return safetensors.torch.save(tensors, metadata | {"sha256": digest})
 
 
+def resume(folder):
+    cfg = lejepa.resolve_defaults(lejepa.Config(size="small", device="cpu", run=str(folder)))
+    return checkpoint.resume(lejepa.build(cfg), [], cfg, "", "")
+
+
 def test_tensors_that_are_not_finite_or_do_not_fit_are_refused_by_name_though_the_digest_is_right(
         small_model, tmp_path):
     cfg = lejepa.resolve_defaults(lejepa.Config(size="small", device="cpu", run=str(tmp_path)))
-    checkpoint.save(tmp_path, lejepa.build(cfg), [], 1, cfg, "", {})
+    checkpoint.save(tmp_path, lejepa.build(cfg), [], 1, cfg, "", {"tasks_sha256": ""})
     tensors, _ = newest(tmp_path)
     with safetensors.safe_open(tmp_path / "last.safetensors", "pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key != "sha256"}
     name = "model.predictor.head.3.bias"
     value, last = tensors[name], tmp_path / "last.safetensors"
-    unreadable(tmp_path, sealed(tensors | {name: value * float("nan")}, metadata), "nan or inf")
-    half = tensors | {name: value.to(torch.float8_e4m3fn)}
-    unreadable(tmp_path, sealed(half, metadata), "last.safetensors")
-    for wrong in ({name: value[:-1].clone()}, {"model.surplus": torch.zeros(1)}):
-        last.write_bytes(sealed(tensors | wrong, metadata))
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            lejepa.load_run(tmp_path)
-    last.write_bytes(sealed({key: value for key, value in tensors.items() if key != name}, metadata))
-    with pytest.raises(ValueError, match=name):
-        lejepa.load_run(tmp_path)
+    bad = tensors | {name: value * float("nan")}
+    unreadable(tmp_path, sealed(bad, metadata), "last.safetensors", f"{name} holds nan or inf")
+    unreadable(tmp_path, sealed(tensors | {name: value.to(torch.float8_e4m3fn)}, metadata), "last.safetensors")
+    missing = {key: value for key, value in tensors.items() if key != name}
+    others = [{name: value[:-1].clone()}, {name: value.double()}, {name: value.half()},
+              {"model.surplus": torch.zeros(1)}]
+    for wrong in (missing, *(tensors | other for other in others)):
+        last.write_bytes(sealed(wrong, metadata))
+        for load in (lejepa.load_run, resume):
+            with pytest.raises(ValueError, match="surplus" if "model.surplus" in wrong else "head.3.bias"):
+                load(tmp_path)
     for config in ({}, {"size": "huge"}, {"surplus": 1}, {"code": "fsq"}, [], None):
         last.write_bytes(sealed(tensors, metadata | {"config": json.dumps(config)}))
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
@@ -507,6 +514,28 @@ def test_tensors_that_are_not_finite_or_do_not_fit_are_refused_by_name_though_th
         assert "\n" not in str(error.value)
     last.write_bytes(sealed(tensors, metadata))
     assert lejepa.load_run(tmp_path)[1] == cfg
+
+
+def test_what_was_read_from_a_checkpoint_does_not_change_with_the_file(tmp_path):
+    content = save_toy(tmp_path)
+    tensors, _ = newest(tmp_path)
+    before = {name: value.clone() for name, value in tensors.items()}
+    with open(tmp_path / "last.safetensors", "r+b") as file:
+        file.write(bytes(len(content)))                # in place, at the same length
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_a_previous_checkpoint_without_a_step_is_read_and_its_flags_are_refused_by_name(tmp_path, capsys):
+    save_toy(tmp_path)
+    (tmp_path / "last.safetensors").rename(tmp_path / "previous.safetensors")
+    content = sealed(newest(tmp_path)[0], {"config": "{}"})
+    (tmp_path / "previous.safetensors").write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        lejepa.load_run(tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="step|state"):
+        resume(tmp_path)
 
 
 def test_with_last_damaged_previous_is_taken_with_one_line_and_with_both_damaged_both_are_named(
