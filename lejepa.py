@@ -337,14 +337,12 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(DROPOUT)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (R, L, W) -> (R, L, W); bias (R, 1, L, L) is 0 where a slot attends to another, else -inf."""
         rows, slots, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (R, heads, L, W / heads) each
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                 # (R, heads, L, L)
-        if bias is not None:
-            scores = scores + bias
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias          # (R, heads, L, L)
         attended = scores.softmax(-1).to(v.dtype) @ v                          # (R, heads, L, W / heads)
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(rows, slots, width)))
         return x + self.drop(self.mlp(self.norm2(x)))                          # (R, L, W)
@@ -420,12 +418,12 @@ class Encoder(nn.Module):
 
     def drop_codes(self, code: Tensor) -> Tensor:
         """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
-        kept = torch.full((len(code),), self.codes_kept, device=code.device)
+        kept, place = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
         if self.training:
-            fewer = torch.randint(1, CODES, kept.shape, device=code.device)
-            kept = torch.where(torch.rand(kept.shape, device=code.device) < self.NESTED, fewer, CODES)
-        place = torch.arange(code.shape[1], device=code.device) // len(LEVELS)                 # (m,)
-        return code * (place < kept[:, None])
+            draw = torch.rand(len(code), 2, device=code.device)
+            fewer = 1 + ((CODES - 1) * draw[:, 1:]).long()                                     # (U, 1)
+            kept = torch.where(draw[:, :1] < self.NESTED, fewer, CODES)
+        return code * (place < kept)
 
     def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
         """(G, 5 P), a function of the symbols alone: codes (U, m) of distinct shapes, colours and boxes."""
