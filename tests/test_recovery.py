@@ -498,7 +498,8 @@ def test_tensors_that_are_not_finite_or_do_not_fit_are_refused_by_name_though_th
     value, last = tensors[name], tmp_path / "last.safetensors"
     bad = tensors | {name: value * float("nan")}
     unreadable(tmp_path, sealed(bad, metadata), "last.safetensors", f"{name} holds nan or inf")
-    unreadable(tmp_path, sealed(tensors | {name: value.to(torch.float8_e4m3fn)}, metadata), "last.safetensors")
+    eighth = tensors | {name: value.to(torch.float8_e4m3fn)}
+    unreadable(tmp_path, sealed(eighth, metadata), "last.safetensors")
     missing = {key: value for key, value in tensors.items() if key != name}
     others = [{name: value[:-1].clone()}, {name: value.double()}, {name: value.half()},
               {"model.surplus": torch.zeros(1)}]
