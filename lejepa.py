@@ -763,7 +763,8 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self, y: Tensor, chosen: Tensor):
-        one_hot = F.one_hot(chosen, CODE_SIZE).float().transpose(1, 2)                         # (C, 768, U)
+        is_chosen = chosen[..., None] == torch.arange(CODE_SIZE, device=y.device)              # (C, U, 768)
+        one_hot = is_chosen.float().transpose(1, 2)                                            # (C, 768, U)
         self.members.lerp_(one_hot.sum(-1), 1 - self.DECAY)
         with torch.autocast(y.device.type, enabled=False):
             self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)

@@ -258,7 +258,8 @@ def check(case: Step, tasks: dict):
     try:
         lejepa.train(case.model, case.optimizers, case.data, cfg, 0, functools.partial(run.RunLog.count, log))
     except RuntimeError as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        code = Path(lejepa.__file__).parent, Path(__file__).parent
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent in code]
         yield f"a wait between two logs: {error} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     finally:
         torch.cuda.set_sync_debug_mode("default")
