@@ -686,12 +686,12 @@ def load_run(path) -> tuple[LeJEPA, Config]:
     try:
         cfg = Config(**found["config"])
         model = build(cfg)
-        model.load_state_dict({name[6:]: value for name, value in tensors.items() if name[:6] == "model."})
-        for name, value in model.state_dict().items():  # which would be cast without a word
-            if value.dtype != tensors[f"model.{name}"].dtype:
-                raise ValueError(f"{name} is not {value.dtype}")
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: of another version of lejepa.py: {' '.join(str(error).split())}") from None
+        for name, value in model.averaged.state_dict(prefix="model.averaged.").items():
+            if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
+                raise ValueError(f"{name} is not {value.dtype} {tuple(value.shape)}")
+            value.copy_(tensors[name])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: of another version of lejepa.py: {error}") from None
     return model.eval().requires_grad_(False), cfg
 
 
