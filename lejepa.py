@@ -105,8 +105,15 @@ class Config:
     resume: Annotated[bool, "continue the run in --run"] = False
     profile: Annotated[bool, "trace the training step into <run>/profile/ and stop"] = False
     stop_on_alert: Annotated[bool, "end the run with exit status 3 when an alert trips"] = False
-    code: Annotated[Literal["gaussian", "ema", "none"], "quantizer; ema, none for comparison"] = "gaussian"
-    objective: Annotated[Literal["lejepa", "infonce"], "loss; infonce for comparison"] = "lejepa"
+    code: Annotated[Literal["gaussian", "ema", "none", "vq", "gradient", "gumbel", "fsq"],
+                    "quantizer; all but gaussian for comparison"] = "gaussian"
+    objective: Annotated[Literal["lejepa", "infonce", "relational", "sum", "broken"],
+                         "loss; all but lejepa for comparison"] = "lejepa"
+    context: Annotated[Literal["analogy", "transformer", "mean", "last", "attention", "gru"],
+                       "predictor; all but analogy for comparison"] = "analogy"
+    preset: Annotated[str | None, "a recorded run, for its flags; legacy.py lists them"] = None
+    legacy: Annotated[str | None, "NAME=VALUE,...: what legacy.py reads, and lists"] = None
+    faithful: Annotated[bool, "turn on the faults of the recorded runs"] = False
 
 
 def resolve_defaults(cfg: Config) -> Config:
@@ -482,7 +489,8 @@ class LeJEPA(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         size = SIZES[cfg.size]
-        self.encoder, self.predictor = Encoder(size, QUANTIZERS[cfg.code](cfg)), Predictor(size)
+        self.encoder = Encoder(size, QUANTIZERS[cfg.code](cfg))
+        self.predictor = PREDICTORS[cfg.context](size)
         self.objective = OBJECTIVES[cfg.objective](self, cfg)
         parts = {"encoder": self.encoder, "predictor": self.predictor}
         self.averaged = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
@@ -714,111 +722,126 @@ class NoQuantizer(nn.Module):
 
 
 class EMAQuantizer(nn.Module):
-    """The VQ-VAE codebook: the nearest of 768 vectors, each a moving average of its members.
+    """VQ-VAE codebooks, one for each code: moving averages of their members, started from the first batch.
 
-    Each of the four codes of an object has a codebook over five numbers, started from the first batch. It
-    sees distinct objects only, is no parameter, and does not move in evaluation.
-    Source: van den Oord et al., arXiv:1711.00937, appendix A.1. Commitment 0.25, decay 0.99.
+    They see distinct objects only and do not move in evaluation. Source: arXiv:1711.00937, appendix A.1.
     """
-    COMMITMENT, DECAY = 0.25, 0.99
 
-    def __init__(self, lam: float):
+    def __init__(self, lam: float, commitment=0.25, decay=0.99, size=CODE_SIZE, codes=CODES):
         super().__init__()
-        self.weight = self.COMMITMENT / max(lam, 1e-6)                 # compute_loss multiplies by lam
-        self.register_buffer("vectors", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
-        self.register_buffer("members", torch.ones(CODES, CODE_SIZE))
-        self.register_buffer("total", torch.zeros(CODES, CODE_SIZE, len(LEVELS)))
+        self.weight, self.decay, self.size = commitment / max(lam, 1e-6), decay, size  # the loss has a lam
+        self.register_buffer("vectors", torch.zeros(codes, size, CODES * len(LEVELS) // codes))
+        self.register_buffer("members", torch.ones(codes, size))
+        self.register_buffer("total", torch.zeros_like(self.vectors))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
-    @staticmethod
-    def split(y: Tensor) -> Tensor:
-        return y.detach().float().unflatten(-1, (CODES, len(LEVELS))).transpose(0, 1)          # (C, U, m / C)
+    def split(self, y: Tensor) -> Tensor:
+        return y.detach().float().unflatten(-1, (len(self.vectors), -1)).transpose(0, 1)       # (C, U, m / C)
 
-    def nearest(self, y: Tensor) -> Tensor:
-        return torch.cdist(self.split(y), self.vectors).argmin(-1)                             # (C, U)
+    def indices(self, y: Tensor) -> Tensor:
+        return torch.cdist(self.split(y), self.vectors.detach()).argmin(-1).T                  # (U, C)
 
     def read(self, chosen: Tensor) -> Tensor:
-        """chosen (C, U) -> (U, m): the chosen vectors."""
-        index = chosen[..., None].expand(-1, -1, len(LEVELS))
-        return self.vectors.gather(1, index).transpose(0, 1).flatten(1)
+        return self.vectors[torch.arange(len(self.vectors), device=chosen.device), chosen].flatten(1)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training and not self.started:
-            rows = torch.linspace(0, len(y) - 1, CODE_SIZE, device=y.device).long()
-            self.vectors.copy_(self.split(y)[:, rows])
-            self.total.copy_(self.vectors)
+            rows = torch.linspace(0, len(y) - 1, self.size, device=y.device).long()
+            for start in (self.vectors.data, self.total):
+                start.copy_(self.split(y)[:, rows])
             self.started.fill_(True)
-        chosen = self.nearest(y)
-        mean = self.read(chosen)
+        chosen = self.indices(y)
+        mean = self.read(chosen).detach()
         if self.training:
             self.update_codebook(y, chosen)
         return mean + (y - y.detach())
 
     @torch.no_grad()
     def update_codebook(self, y: Tensor, chosen: Tensor):
-        is_chosen = chosen[..., None] == torch.arange(CODE_SIZE, device=y.device)              # (C, U, 768)
-        one_hot = is_chosen.float().transpose(1, 2)                                            # (C, 768, U)
-        self.members.lerp_(one_hot.sum(-1), 1 - self.DECAY)
+        one_hot = F.one_hot(chosen.T, self.size).float().transpose(1, 2)                       # (C, 768, U)
+        self.members.lerp_(one_hot.sum(-1), 1 - self.decay)
         with torch.autocast(y.device.type, enabled=False):
-            self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)
+            self.total.lerp_(one_hot @ self.split(y), 1 - self.decay)
         self.vectors.copy_(self.total / self.members.clamp(min=1e-5)[..., None])
-
-    def indices(self, y: Tensor) -> Tensor:
-        return self.nearest(y).T
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         """Commitment: the squared distance of y to its vector, at weight 0.25 in the loss whatever lam is."""
-        return self.weight * (y - self.read(self.nearest(y))).square().mean()
+        return self.weight * (y - self.read(self.indices(y)).detach()).square().mean()
 
 
 class InfoNCE(nn.Module):
     """Contrastive prediction: z_hat is compared with the batch's outputs and a queue of earlier ones.
 
-    Targets come from a moving average (0.99) of the encoder; the temperature is learned inside [0.05, 0.20];
+    Targets come from a moving average (0.99) of the encoder; the temperature is learned inside a range;
     embeddings are normalised. Sources: arXiv:1807.03748 (loss), arXiv:1911.05722 (queue, average).
     """
-    QUEUE, DECAY, COLDEST, WARMEST = 8192, 0.99, 0.05, 0.20
+    QUEUE, DECAY = 8192, 0.99
 
-    def __init__(self, model, cfg: Config):
+    def __init__(self, model, cfg: Config, temperature=0.1, coldest=0.05, warmest=0.20):
         super().__init__()
         self.target = copy.deepcopy(model.encoder).requires_grad_(False)
-        for part in self.target.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0                           # targets have no dropout noise
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
-        self.register_buffer("queue", torch.zeros(self.QUEUE, model.encoder.projector[-1].out_features))
+        for block in self.target.blocks:
+            block.drop.p = 0.0                         # targets have no dropout noise
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.range = coldest, warmest
+        self.register_buffer("queue", torch.zeros(self.QUEUE, SIZES[cfg.size].dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def targets(self, batch: Batch, model) -> tuple[Tensor, Tensor]:
         """Embeddings (n, D) of the batch's targets by the averaged encoder; each window's target (B,)."""
         if self.training:
-            for average, now in zip(self.target.parameters(), model.encoder.parameters()):
-                average.lerp_(now, 1 - self.DECAY)
+            self.target.quantizer.eval()               # its codebook is averaged too, and follows no input
+            share = 1 - self.DECAY if self.filled else 1.0
+            parts = ([*part.parameters(), *part.quantizer.buffers()] for part in (self.target, model.encoder))
+            for average, now in zip(*parts):
+                average.lerp_(now, share) if now.is_floating_point() else average.copy_(now)
         own = torch.searchsorted(batch.targets, batch.index[:, -1].contiguous())
         return F.normalize(self.target(batch.grids)[0][batch.targets].float(), dim=-1), own
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         keys, own = self.targets(batch, model)
-        count = int(self.filled.clamp(max=self.QUEUE))
-        temperature = self.log_temperature.exp().clamp(self.COLDEST, self.WARMEST)
-        logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue[:count]]).T / temperature
+        temperature = self.log_temperature.exp().clamp(*self.range)
+        logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue[:self.filled]]).T / temperature
         if self.training:
-            places = (self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE
-            self.queue[places] = keys
+            self.queue[(self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE] = keys
             self.filled += len(keys)
-        prediction, sigreg_z = F.cross_entropy(logits, own), z.new_zeros(())
-        sigreg_y = model.in_use[0].quantizer.regulariser(y[batch.object_sample], code_directions)
-        loss = (1 - lam) * prediction + lam * (sigreg_z + sigreg_y)
-        return loss, {"prediction": prediction, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
+        terms = {"prediction": F.cross_entropy(logits, own), "sigreg_z": z.new_zeros(())}
+        terms["sigreg_y"] = model.in_use[0].quantizer.regulariser(y[batch.object_sample], code_directions)
+        loss = (1 - lam) * terms["prediction"] + lam * terms["sigreg_y"]
+        return loss, terms | {"temperature": temperature}
 
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
 
-QUANTIZERS = {"gaussian": lambda cfg: GaussianQuantizer(), "ema": lambda cfg: EMAQuantizer(cfg.lam),
-              "none": lambda cfg: NoQuantizer()}
-OBJECTIVES = {"lejepa": LeJEPALoss, "infonce": InfoNCE}
+def relational(a: Tensor, b: Tensor) -> Tensor:
+    """Mean square difference of the squared distances inside a (..., S, D) and inside b: grows as scale^4."""
+    return (torch.cdist(a, a).square() - torch.cdist(b, b).square()).square().mean()
+
+
+class Relational(LeJEPALoss):
+    """LeJEPA, and at weight 0.05 `relational` of the batch's predictions and of their targets."""
+
+    def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
+        loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)
+        term = relational(*(x / z.shape[1] ** 0.5 for x in (z_hat, z[batch.index[:, -1]])))
+        return loss + 0.05 * term, terms | {"relational": term}
+
+
+class Variants(dict):
+    """A table by name. What is not in it stands in legacy.py, which nothing else imports."""
+
+    def __missing__(self, name: str):
+        import legacy
+        return legacy.VARIANTS[name]
+
+
+QUANTIZERS = Variants(gaussian=lambda cfg: GaussianQuantizer(), ema=lambda cfg: EMAQuantizer(cfg.lam),
+                      none=lambda cfg: NoQuantizer())
+OBJECTIVES = Variants(lejepa=LeJEPALoss, infonce=InfoNCE, relational=Relational)
+PREDICTORS = Variants(analogy=Predictor)
+RECIPES = Variants(method=lambda cfg: (TaskSet, make_optimizers, (math.inf, 0.0)))  # and early stopping
 
 
 # -------------------------------------------------------------------------------------------------- 8 Main

@@ -1,0 +1,400 @@
+"""The recorded runs that this project answers: their losses, codes, contexts and schedules, as presets.
+
+    python lejepa.py --preset gentle --faithful --legacy unit=no          a recorded run, one fault mended
+
+Source: runs of arc-jepa-rl, 2025-12, by their logs and code, on this project's data and sizes. Their 7600
+steps and 80 epochs scale with --steps. The target is the answer of the given grid; no other target offset
+than 1 has a meaning in a list of pairs. Letters as in lejepa.py; K entries of a codebook, S slots of objects.
+"""
+import dataclasses
+import math
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lejepa
+from arc_data import Batch, Grids, TaskSet, pairs_of, tokenise
+from lejepa import CODES, LEVELS, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
+
+STEPS, EPOCHS = 7600, 80                               # of the recorded runs
+# ------------------------------------------------------------------------------------------------ settings
+OFF = ("no", "yes")
+SETTINGS = {  # of --legacy, by what reads them: name and default; of several words the first is the default
+    "--objective sum": {
+        "sigreg_z": 0.1, "relational": 0.0, "context_self": 0.0, "colour": 0.0,       # weights of its terms
+        "balance": ("fixed", "gradnorm", "uncertainty"),
+        "temperature": 0.07, "coldest": 0.05, "warmest": 0.2},
+    "relational and context_self": {"normalised": OFF, "matching": ("slot", "set")},
+    "--objective broken": {"target": ("trained", "averaged", "stopped")},
+    "--objective sum and broken": {"unit": OFF, "relu": OFF, "shapeless": OFF, "training_mode": OFF},
+    "--objective sum and broken with --code vq": {"padding": OFF},
+    "--code vq, gradient and gumbel": {"size": ("768", "384", "256"), "codes": ("1", "2", "4"),
+                                       "commitment": 0.25, "vq_loss": ("used", "none", "swapped")},
+    "--code vq": {"decay": 0.99, "start": ("data", "cold"), "refresh": 0}, "refresh": {"threshold": 0.01},
+    "every run": {"optimizer": ("muon", "adam"), "curriculum": OFF, "patience": 0, "same_grid": OFF,
+                  "recolour": OFF},
+    "patience": {"min_delta": 0.003}, "optimizer=adam": {"warmup": 1000, "clip": 0.5}}
+DEFAULTS = {name: default for group in SETTINGS.values() for name, default in group.items()}
+READERS = {name: reader for reader, group in SETTINGS.items() for name in group}
+FAULTS = ("unit", "relu", "shapeless", "training_mode", "padding", "vq_loss", "same_grid", "recolour")
+READ = set()                                           # the settings that were read, for `check`
+
+def parse(text: str | None) -> dict:
+    """The values in NAME=VALUE,...; ValueError for one that is no setting."""
+    values = {}
+    for part in text.split(",") if text else ():
+        name, _, word = part.partition("=")
+        if name not in DEFAULTS:
+            raise ValueError(f"--legacy {part}: there is no such setting; legacy.py lists them")
+        default, words = DEFAULTS[name], DEFAULTS[name] if isinstance(DEFAULTS[name], tuple) else ()
+        number = r"\d+" if isinstance(default, int) else r"\d*\.?\d+(e-?\d+)?"
+        if not (word in words if words else re.fullmatch(number, word)):
+            raise ValueError(f"--legacy {part}: {name} takes {' or '.join(words) or 'a number from 0'}")
+        values[name] = word if words else type(default)(word)
+    return values
+
+def setting(cfg, name: str):
+    """A setting as --legacy gives it, else a fault as --faithful gives it, else the default."""
+    READ.add(name)
+    words = DEFAULTS[name] if isinstance(DEFAULTS[name], tuple) else (DEFAULTS[name],)
+    value = parse(cfg.legacy).get(name, words[cfg.faithful and name in FAULTS])
+    return value == "yes" if DEFAULTS[name] == OFF else value
+
+def check(cfg):
+    """ValueError for a setting or flag that nothing reads; found by building what a run builds."""
+    READ.clear()
+    recipe(cfg)[1](lejepa.build(dataclasses.replace(cfg, size="small")), cfg)
+    for name in parse(cfg.legacy).keys() - READ:
+        raise ValueError(f"--legacy {name} would be ignored: only {READERS[name]} reads it")
+
+# --------------------------------------------------------------------------------------------------- codes
+class Codebook(EMAQuantizer):
+    """The recorded codebook, one code for all numbers of an object. A refresh replaces all unused entries."""
+    def __init__(self, cfg):
+        read = partial(setting, cfg)
+        super().__init__(cfg.lam, read("commitment"), read("decay"), int(read("size")), int(read("codes")))
+        swapped = 1 / max(read("commitment"), 1e-6)    # beta at the codebook's term, which an average lacks
+        self.weight *= {"used": 1.0, "none": 0.0, "swapped": swapped}[read("vq_loss")]
+        self.interval, self.rows = math.ceil(read("refresh") * cfg.steps / STEPS), None
+        self.threshold = read("threshold") if self.interval else 0.0
+        self.register_buffer("used", torch.zeros(self.vectors.shape[:2], dtype=torch.bool))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        if read("start") == "cold":
+            self.total.copy_(self.vectors.uniform_(-1 / self.size, 1 / self.size))
+            self.started.fill_(True)
+
+    @torch.no_grad()
+    def update_codebook(self, y: Tensor, chosen: Tensor):
+        rows = slice(None) if self.rows is None else self.rows     # with `padding`, those of every slot
+        super().update_codebook(y[rows], chosen[rows])
+        self.used.scatter_(1, chosen.T, True)
+        self.steps += 1
+        if self.interval and self.steps % self.interval == 0:
+            self.refresh(y)
+
+    def refresh(self, y: Tensor):
+        unused = ~self.used & (self.used.float().mean(1, keepdim=True) < self.threshold)       # (C, K)
+        rows = torch.randint(len(y), unused.shape, device=y.device)
+        fresh = torch.stack([part[row] for part, row in zip(self.split(y), rows)])             # (C, K, m / C)
+        for old in (self.vectors, self.total):
+            old.copy_(torch.where(unused[..., None], fresh, old))
+        self.members.masked_fill_(unused, 1.0)
+        self.used.zero_()
+
+class GradientCodebook(EMAQuantizer):
+    """The codebook of VQ-VAE (arXiv:1711.00937) as a parameter, which the gradient of its own loss moves."""
+    def __init__(self, cfg):
+        read = partial(setting, cfg)
+        super().__init__(cfg.lam, 1.0, 0.0, int(read("size")), int(read("codes")))
+        self.vectors, self.last = nn.Parameter(self._buffers.pop("vectors")), cfg.steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        beta = read("commitment")                      # the weights are of commitment and codebook's term
+        self.weights = {"used": (beta, 1.0), "none": (0.0, 0.0), "swapped": (1.0, beta)}[read("vq_loss")]
+
+    def update_codebook(self, y: Tensor, chosen: Tensor):
+        self.steps += 1
+
+    def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
+        vectors, error = self.read(self.indices(y)), lambda a, b: (a - b.detach()).square().mean()
+        return self.weight * (self.weights[0] * error(y, vectors) + self.weights[1] * error(vectors, y))
+
+class Gumbel(GradientCodebook):
+    """Gumbel-softmax (arXiv:1611.01144) of minus the squared distances. Its loss: log K - mean's entropy."""
+    def temperature(self) -> float:
+        return 0.1 ** min(1.0, int(self.steps) / self.last)
+
+    def logits(self, y: Tensor) -> Tensor:
+        y = y.float().unflatten(-1, (len(self.vectors), -1)).transpose(0, 1)
+        return -torch.cdist(y, self.vectors).square()                                          # (C, U, K)
+
+    def forward(self, y: Tensor) -> Tensor:
+        temperature, hard = self.temperature(), super().forward(y)
+        if not self.training:
+            return hard
+        return (F.gumbel_softmax(self.logits(y), temperature) @ self.vectors).transpose(0, 1).flatten(1)
+
+    def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
+        entropy = torch.special.entr(self.logits(y).softmax(-1).mean(1)).sum(-1).mean()
+        return self.weight * self.weights[0] * (math.log(self.size) - entropy)
+
+class FSQ(GaussianQuantizer):
+    """Finite scalar quantization as published (arXiv:2309.15505): equal bins of tanh y, not regularised."""
+    def __init__(self, cfg):
+        super().__init__()
+        levels = torch.tensor([8, 6, 4, 4, 1])         # 768 codes
+        centres = (2 * torch.arange(8) + 1) / levels[:, None] - 1
+        self.means, self.levels = centres.repeat(CODES, 1), levels.repeat(CODES)
+        self.place = torch.tensor([int(levels[i + 1:].prod()) for i in range(len(LEVELS))])
+
+    def level(self, y: Tensor) -> Tensor:
+        return torch.minimum((self.levels * (torch.tanh(y) + 1) / 2).long(), self.levels - 1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return super().forward(y).detach() + (torch.tanh(y) - torch.tanh(y).detach())
+
+    regulariser = lejepa.NoQuantizer.regulariser
+
+# ---------------------------------------------------------------------------------------------- objectives
+class Broken(LeJEPALoss):
+    """LeJEPA with what breaks it: an averaged or a stopped target, or a fault of the recorded runs."""
+    def __init__(self, model, cfg):
+        super().__init__(model, cfg)
+        self.target = setting(cfg, "target") if cfg.objective == "broken" else "trained"
+        self.unit = setting(cfg, "unit")
+        self.average = InfoNCE(model, cfg).requires_grad_(False) if self.target == "averaged" else None
+        if setting(cfg, "relu"):
+            model.encoder.projector.append(nn.ReLU())
+        if setting(cfg, "shapeless"):                  # y reads the area alone; times 0 keeps the gradient
+            model.encoder.objects.bitmap.register_forward_hook(lambda part, inputs, x: x * 0)
+        if isinstance(model.encoder.quantizer, Codebook) and setting(cfg, "padding"):
+            model.encoder.register_forward_pre_hook(count_slots)
+        if setting(cfg, "training_mode"):
+            for part in model.modules():
+                if isinstance(part, (nn.Dropout, EMAQuantizer)):
+                    part.train = lambda mode=True: None            # it stays as it is, in training mode
+
+    def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
+        scale = z.shape[1] ** -0.5 if self.unit else 1.0           # unit: embeddings of length 1
+        return super().test_embeddings(z * scale, targets * scale, directions)
+
+    def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
+        loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)
+        if self.target == "trained":
+            return loss, terms
+        target = z[batch.index[:, -1]].detach()
+        if self.target == "averaged":
+            keys, own = self.average.targets(batch, model)
+            self.average.filled += self.training       # the first call copies the encoder, the others average
+            target = keys[own] * z.shape[1] ** 0.5
+        prediction = (z_hat - target).square().mean()
+        return loss + (1 - lam) * (prediction - terms["prediction"]), terms | {"prediction": prediction}
+
+def count_slots(encoder, inputs):                      # an empty slot counts as object 0
+    encoder.quantizer.rows = inputs[0].object_id.flatten()
+
+class WeightedSum(Broken):
+    """The recorded objective: InfoNCE, other terms with a weight each, and lam * the code's own loss."""
+    SLOTS, ALPHA, RATE = 16, 1.5, 0.025
+
+    def __init__(self, model, cfg):
+        super().__init__(model, dataclasses.replace(cfg, memory=0))
+        read = partial(setting, cfg)
+        weights = {name: read(name) for name in ("sigreg_z", "relational", "context_self", "colour")}
+        self.weights = {"prediction": 1.0} | {name: weight for name, weight in weights.items() if weight}
+        self.infonce = InfoNCE(model, cfg, read("temperature"), read("coldest"), read("warmest"))
+        if weights["relational"] or weights["context_self"]:
+            self.normalised, self.by_slot = read("normalised"), read("matching") == "slot"
+            model.encoder.widen.register_forward_hook(lambda part, inputs, x: setattr(self, "tokens", x))
+        self.balance, self.readout = read("balance"), self.infonce.readout
+        if self.balance == "uncertainty":
+            self.log_variance = nn.Parameter(torch.zeros(len(self.weights)))
+        self.register_buffer("shares", torch.ones(len(self.weights)))
+        self.register_buffer("first", torch.zeros(len(self.weights)))
+        model.encoder.NESTED = 0.0                     # each object keeps all its codes
+
+    def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
+        terms = self.infonce.compute_loss(model, batch, z, z_hat, y, directions, code_directions, 0.0)[1]
+        terms["sigreg_z"] = self.test_embeddings(z, z, directions) / (len(z) // 2)     # without the factor N
+        for name, sides in (("relational", [-2, -1]), ("context_self", [0, -2])):
+            if name in self.weights:
+                terms[name] = self.between(batch.grids, batch.index[:, sides])
+        if "colour" in self.weights:
+            quantizer = model.in_use[0].quantizer
+            moves, quantizer.training = quantizer.training, False  # the recoloured grids move no codebook
+            terms["colour"] = (model.in_use[0](recoloured(batch.grids))[0] - z).square().mean()
+            quantizer.training = moves
+        parts = [weight * terms[name] for name, weight in self.weights.items()]
+        return sum(self.balanced(parts, model)) + lam * terms["sigreg_y"], terms
+
+    def balanced(self, parts: list, model) -> list:
+        if self.balance == "uncertainty":              # arXiv:1705.07115
+            return [torch.exp(-s) * part + s for part, s in zip(parts, self.log_variance)]
+        if self.balance == "gradnorm" and self.training:
+            shared, losses = model.encoder.widen[1].weight, torch.stack(parts).detach()
+            norms = [torch.autograd.grad(part, shared, retain_graph=True)[0].norm() for part in parts]
+            self.first.copy_(torch.where(self.first > 0, self.first, losses))
+            self.shares.copy_(gradnorm(self.shares, losses / self.first.clamp(min=1e-9), torch.stack(norms)))
+        return [share * part for share, part in zip(self.shares, parts)]
+
+    def between(self, grids: Grids, sides: Tensor) -> Tensor:
+        """The relational term of the largest objects of two grids a window, sides (B, 2)."""
+        x, slot = self.tokens.float().flatten(0, 1), torch.arange(1, self.SLOTS + 1, device=sides.device)
+        objects = x[(grids.first[sides][..., None] + slot).clamp(max=len(x) - 1)]              # (B, 2, S, P)
+        here = slot < grids.count[sides][..., None]                                            # (B, 2, S)
+        (a, b), both = objects.unbind(1), here.all(1)
+        if not self.by_slot:                           # each object against the nearest of the other grid
+            nearest = torch.cdist(a, b).masked_fill(~here[:, 1, None], math.inf).argmin(2, keepdim=True)
+            b, both = b.gather(1, nearest.expand_as(b)), here[:, 0] & here[:, 1].any(1, True)
+        return relation(a, b, both, self.normalised)
+
+def relation(a: Tensor, b: Tensor, both: Tensor, normalised: bool) -> Tensor:
+    """lejepa.relational of the slots (B, S, P) that `both` (B, S) have; or over the distances' variances."""
+    pairs = (both[:, :, None] & both[:, None]).float()
+    pairs = pairs / pairs.sum().clamp(min=1)                                                   # (B, S, S)
+    a, b = (torch.cdist(x, x).square() for x in (a, b))
+    variance = sum((pairs * (x - (pairs * x).sum()).square()).sum() for x in (a, b))
+    return (pairs * (a - b).square()).sum() / (variance + 1e-6 if normalised else 1.0)
+
+def gradnorm(shares: Tensor, ratios: Tensor, norms: Tensor) -> Tensor:
+    """GradNorm (arXiv:1711.02257): new shares (n,) of losses, by their ratios to the first and gradients."""
+    goal = (shares * norms).mean() * (ratios / ratios.mean()) ** WeightedSum.ALPHA
+    step = norms / norms.mean() * torch.sign(shares * norms - goal)
+    shares = (shares - WeightedSum.RATE * step).clamp(min=1e-3)
+    return shares * len(shares) / shares.sum()
+
+def recoloured(grids: Grids, generator=None) -> Grids:
+    """Each grid under a permutation of the colours of its own."""
+    count = len(grids.first)
+    colours = torch.rand(count, 10, generator=generator).argsort(1).to(grids.first.device)
+    return grids._replace(colour=colours[grids.grid.clamp(max=count - 1), grids.colour])
+
+# ------------------------------------------------------------------------------------------------ contexts
+class Context(nn.Module):
+    """z_hat from one vector that sums up the embeddings of a window, without an analogy: here their mean."""
+    make = staticmethod(lambda size: None)
+
+    def __init__(self, size):
+        super().__init__()
+        self.role = nn.Parameter(torch.randn(3, size.width) * 0.1)
+        self.token = nn.Linear(size.dim, size.width)
+        self.part, self.head = self.make(size), lejepa.embedding_head(size.width, size)
+
+    def forward(self, z: Tensor, shown: Tensor | None = None) -> Tensor:
+        """z (B, 2 K + 1, D) of in1, out1, ..., given; shown (B, K), by default all -> z_hat (B, D)."""
+        count = z.shape[1] // 2
+        shown = z.new_ones(len(z), count, dtype=torch.bool) if shown is None else shown
+        x = self.token(z) + torch.cat([self.role[:2].repeat(count, 1), self.role[2:]])
+        here = F.pad(shown.repeat_interleave(2, 1), (0, 1), value=True)                        # (B, 2 K + 1)
+        return self.head(self.pool(x, here)).float()
+
+    def pool(self, x: Tensor, here: Tensor) -> Tensor:
+        return (x * here[..., None]).sum(1) / here.sum(1, keepdim=True)
+
+class Last(Context):
+    def pool(self, x: Tensor, here: Tensor) -> Tensor:
+        return x[:, -1]
+
+class Attention(Context):
+    make = staticmethod(lambda size: nn.Linear(size.width, 1))
+
+    def pool(self, x: Tensor, here: Tensor) -> Tensor:
+        return (self.part(x).masked_fill(~here[..., None], -math.inf).softmax(1) * x).sum(1)
+
+class GRU(Context):
+    make = staticmethod(lambda size: nn.GRUCell(size.width, size.width))
+
+    def pool(self, x: Tensor, here: Tensor) -> Tensor:
+        state = torch.zeros_like(x[:, 0])
+        for i in range(x.shape[1]):
+            state = torch.where(here[:, i, None], self.part(x[:, i], state).to(state.dtype), state)
+        return state
+
+class Transformer(Context):
+    """Attention among all grids, then their mean."""
+    make = staticmethod(lambda size: lejepa.Block(size.width, size.heads))
+
+    def pool(self, x: Tensor, here: Tensor) -> Tensor:
+        return super().pool(self.part(x, torch.where(here, 0.0, -math.inf)[:, None, None]), here)
+
+# ------------------------------------------------------------------------------------------------- recipes
+class RecordedTasks(TaskSet):
+    """Training tasks, the easiest first with `curriculum`, and the faults of the recorded data."""
+    def __init__(self, tasks, device="cpu", demonstrations=2, *, steps, curriculum, same_grid, recolour):
+        tasks = dict(sorted(tasks.items(), key=lambda item: difficulty(item[1]))) if curriculum else tasks
+        super().__init__(tasks, device, demonstrations)
+        self.steps, self.same_grid, self.recolour = steps, same_grid, recolour
+        self.curriculum, self.every = curriculum, self.sizes
+
+    def batch(self, size: int, seed: int, step: int) -> Batch:
+        if self.curriculum:                            # a third, from 1/4 of the run two, from 5/8 all
+            phase = 1 + (4 * step >= self.steps) + (8 * step >= 5 * self.steps)
+            self.sizes = self.every[:math.ceil(len(self.every) * phase / 3)]
+        batch = super().batch(size, seed, step)
+        if self.recolour:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            batch = batch._replace(grids=recoloured(batch.grids, generator))
+        if self.same_grid:
+            batch = batch._replace(index=batch.index[:, -1:].expand_as(batch.index).contiguous())
+        return batch
+
+def difficulty(task) -> float:
+    """The mean over a task's grids of log(area * tokens * colours)."""
+    grids = [side for pair in pairs_of(task) for side in pair]
+    start = tokenise(grids).start.tolist() if grids else ()
+    logs = [math.log(grid.size * (end - first) * len(set(grid.flat)))
+            for grid, first, end in zip(grids, start, start[1:])]
+    return sum(logs) / max(1, len(logs))
+
+class RecordedAdam(torch.optim.Adam):
+    """Adam with the recorded clipping, warm-up and cosine to a tenth, whatever the training step set."""
+    def __init__(self, model, cfg):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(weights, cfg.lr, weight_decay=cfg.weight_decay)
+        self.peak, self.last, self.clip = cfg.lr, cfg.steps, setting(cfg, "clip")
+        self.warmup = setting(cfg, "warmup") * cfg.steps / STEPS
+
+    def step(self, closure=None):
+        group, = self.param_groups
+        nn.utils.clip_grad_norm_(group["params"], self.clip)
+        done = max((int(state["step"]) for state in self.state.values()), default=0)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / self.last))
+        group["lr"] = self.peak * cosine * min(1.0, (done + 1) / max(1.0, self.warmup))
+        return super().step(closure)
+
+def recipe(cfg) -> tuple:
+    """What makes the training data, what makes the optimizers, and (steps, least progress) that end a run."""
+    read = partial(setting, cfg)
+    faults = {name: read(name) for name in ("curriculum", "same_grid", "recolour")}
+    optimizers = {"muon": lejepa.make_optimizers, "adam": lambda *given: [RecordedAdam(*given)]}
+    patience = read("patience") * cfg.steps / EPOCHS or math.inf
+    stopping = patience, read("min_delta") if read("patience") else 0.0
+    return partial(RecordedTasks, steps=cfg.steps, **faults), optimizers[read("optimizer")], stopping
+
+# ------------------------------------------------------------------------------------------------- presets
+ADAM = "optimizer=adam"
+SIXTH = ADAM + ",colour=0.1,relational=0.05,context_self=0.025,coldest=0.07,warmest=0.15"
+GENTLE = ADAM + ",colour=0.1,commitment=0.15,decay=0.95"
+STEADY = GENTLE + ",relational=0.025,context_self=0.01,refresh=3000,threshold=0.01"
+ALIGNED = {"objective": "broken", "lam": 0.05, "memory": 0}
+PRESETS = {  # name: --legacy, other flags; each is the recorded run or plan of its name
+    "sixth": (SIXTH + ",commitment=0.3,refresh=500,threshold=0.05", {}),           # run, 22 epochs
+    "no-vq": (SIXTH, {"code": "none"}),                                            # run, 30 epochs
+    "no-refresh": (SIXTH + ",commitment=0.3", {}),                                 # run, 30 epochs
+    "gentle": (STEADY, {}),                                                        # run, 30 epochs
+    "optimized": (STEADY + ",relational=0.02,context_self=0.005", {"context": "attention"}),   # run, 30
+    "production": (STEADY, {}),                                                    # run, 80 epochs
+    "v2": (GENTLE + ",patience=15,min_delta=0.01", {}),                            # plan
+    "stable-production": (STEADY + ",relational=0.0025,context_self=0.001,refresh=10000,patience=30", {}),
+    "lejepa-aligned": (ADAM + ",warmup=500", ALIGNED),                             # run, 20 epochs
+    "gumbel": (ADAM + ",warmup=500,size=256", ALIGNED | {"code": "gumbel"}),       # run
+    "combined": (ADAM + ",warmup=500,size=256",                                    # plan, 100 epochs
+                 ALIGNED | {"code": "gumbel", "context": "attention", "demonstrations": 2})}
+COMMON = {"objective": "sum", "code": "vq", "context": "mean", "demonstrations": 1, "lr": 5e-5,
+          "weight_decay": 1e-6}
+VARIANTS = {"vq": Codebook, "gradient": GradientCodebook, "gumbel": Gumbel, "fsq": FSQ, "broken": Broken,
+            "sum": WeightedSum, "mean": Context, "last": Last, "attention": Attention, "gru": GRU,
+            "transformer": Transformer, "legacy": recipe, "check": check,
+            "presets": {name: COMMON | flags | {"legacy": text} for name, (text, flags) in PRESETS.items()}}
