@@ -336,7 +336,6 @@ class Grids(NamedTuple):
     """G grids as tokens in R rows of L slots, and the U distinct shapes that these tokens show.
     Attention stays inside (row, grid). An empty slot has grid = G."""
     bits: torch.Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct shapes
-    whole: torch.Tensor          # (U,)       bool: the shape of a whole grid, not of an object
     object_id: torch.Tensor      # (R, L)     int64: which distinct shape
     colour: torch.Tensor         # (R, L)     int64
     box: torch.Tensor            # (R, L, 4)  int64: top, left, height, width
@@ -396,7 +395,7 @@ class TokenTable:
         token = start[owner] + place
         shape = self.turned[0 if symmetry is None else symmetry[owner], self.tokens.shape[token]]
         colour = self.tokens.colour[token] if colours is None else colours[owner, self.tokens.colour[token]]
-        distinct, object_id = np.unique(shape * 2 + (place == 0), return_inverse=True)
+        distinct, object_id = np.unique(shape, return_inverse=True)
         slots = np.zeros((4, rows, SLOTS), dtype=np.int64)
         slots[3] = len(chosen)
         slots.reshape(4, -1)[:, first[owner] + place] = object_id, token, colour, owner
@@ -409,8 +408,7 @@ class TokenTable:
             some = grid.clamp(max=len(first) - 1)                              # an empty slot takes any grid
             box = _turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
             box = box.masked_fill((grid == len(first))[..., None], 0)
-        whole = distinct % 2 == 1
-        return Grids(self.bitmaps[distinct // 2], whole, object_id, colour, box, grid, first, count)
+        return Grids(self.bitmaps[distinct], object_id, colour, box, grid, first, count)
 
 def _turn_boxes(box, whole, symmetry):
     """Boxes (R, L, 4) inside grids with boxes `whole`, turned by `symmetry` (R, L) as `turn` turns a grid."""

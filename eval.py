@@ -571,10 +571,9 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 
 
 def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
-    """All that the quantizer reads of each token (n,), as one number, and the tokens."""
+    """The shape of each token (n,), which is all that the quantizer reads, and the tokens."""
     tokens = arc_data.tokenise(grids)
-    whole = np.isin(np.arange(len(tokens.shape)), tokens.start)
-    return tokens.shape * 2 + whole, tokens
+    return tokens.shape, tokens
 
 
 def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:

@@ -355,21 +355,16 @@ class ObjectHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.bitmap = nn.Linear(8 * BYTES, width)
-        self.area = nn.Linear(1, width, bias=False)
-        self.whole = nn.Parameter(torch.zeros(width))
-        layers = [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS))]
-        self.mlp = nn.Sequential(nn.GELU(), *layers)
-        nn.init.normal_(self.bitmap.weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
+        self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
+                                 nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
         nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
         """y (U, m) of the distinct shapes."""
         bits = ((grids.bits[:, :, None] >> self.shifts) & 1).flatten(1).float()                # (U, 8 BYTES)
-        area = torch.log1p(bits.sum(1, keepdim=True)) / 3
-        x = self.bitmap(bits) + self.area(area) + grids.whole[:, None] * self.whole
-        return self.mlp(x).float()                                                             # (U, m)
+        return self.mlp(bits).float()                                                          # (U, m)
 
 
 class Encoder(nn.Module):
@@ -423,7 +418,7 @@ class Encoder(nn.Module):
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
-        x = x + grids.whole[grids.object_id][..., None] * self.whole
+        x.view(-1, x.shape[-1])[grids.first] += self.whole
         symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
         bias = torch.zeros(same_grid.shape, dtype=x.dtype, device=x.device).masked_fill(~same_grid, -math.inf)

@@ -195,8 +195,7 @@ def padded(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     held = grids.object_id.flatten()
     own = torch.arange(len(held), device=held.device)
     slot = own.new_empty(len(grids.bits)).scatter(0, held, own)              # (U,) one that holds the object
-    grids = grids._replace(bits=grids.bits[held], whole=grids.whole[held],
-                           object_id=own.view_as(grids.object_id))
+    grids = grids._replace(bits=grids.bits[held], object_id=own.view_as(grids.object_id))
     return batch._replace(grids=grids, object_sample=slot[batch.object_sample])
 
 
