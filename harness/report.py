@@ -17,7 +17,7 @@ import torch
 
 import arc_data
 import eval as evaluation
-from harness import charts
+from harness import charts, health
 from harness.charts import METRIC, PALETTE, best_baseline, number, plot_bars, plot_ranked, plot_training
 from harness.charts import points, short, styled
 from harness.charts import neighbours_image, plot_parts, write_result_picture  # offered to other files
@@ -241,11 +241,11 @@ def flat(values: dict, prefix: str = "") -> list[list]:
 def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
     """Spectrum, map, and use of the codes; what the data are too few for is left out."""
     figures, pairs, windows = [], done.pairs, done.windows
-    rows = np.random.default_rng(0).permutation(len(done.z_hat))[:evaluation.SAMPLE]
+    rows = np.random.default_rng(0).permutation(len(done.z_hat))[:health.SAMPLE]
     if len(rows) > 2:
         normal = torch.randn(len(rows), done.z.shape[1], generator=torch.Generator().manual_seed(0))
         x = {"context": done.z_hat[rows], "target": done.z[windows.index[rows, 3]], "N(0, I)": normal}
-        spectra = {name: evaluation.spectrum(values).numpy() for name, values in x.items()}
+        spectra = {name: health.spectrum(values).numpy() for name, values in x.items()}
         figures.append(plot_ranked(f"eigenvalues of the covariance, n = {len(rows):,}", spectra))
     if len(pairs.task) > 2:
         group, names, what = pairs.task, windows.task_ids, "task"
@@ -289,13 +289,13 @@ def write_page(path: Path, **values) -> Path:
 def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict) -> Path:
     """report.html of the evaluation `done`, self-contained. All `facts` are shown, "run" and "lam" needed."""
     codes = torch.cat([codes for codes, _ in done.codes]).numpy()
-    ids, tokens = evaluation.object_ids(done.windows.grids)
-    entries, health, pairwise = done.metrics, done.health, evaluation.PAIRWISE
-    sentences = [result_sentence(entries[METRIC], health["lead"])]
+    ids, tokens = health.object_ids(done.windows.grids)
+    entries, pairwise = done.metrics, evaluation.PAIRWISE
+    sentences = [result_sentence(entries[METRIC], done.health["lead"])]
     sentences += [health_sentence(done, log), leaks_sentence(done.data)]
     tables = {"Retrieval, every row": every_row(entries, [name for name in entries if name not in pairwise]),
               "Pairs, every row": every_row(entries, pairwise),
-              "Health and probes": [["figure", "value"], *flat(health | {"lead": {}})]}
+              "Health and probes": [["figure", "value"], *flat(done.health | {"lead": {}})]}
     return write_page(
         Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
         facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
