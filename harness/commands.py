@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 import arc_data
 import eval as evaluation
 import lejepa
-from harness import checkpoint, report
+from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
 from harness.health import add_health, object_ids
 
@@ -34,17 +34,22 @@ def say(line: str):
     print(line, file=sys.stderr, flush=True)
 
 
-def read_tasks(cfg, source: str) -> tuple[dict, int | None]:
-    """The tasks of --data, and how many share a pair with the training tasks (None: these cannot be read)."""
+def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
+    """The tasks of --data, and those that the run was trained on (None: they cannot be read)."""
     if source == "dev":
-        return arc_data.split(cfg.data, cfg.validate)[1], 0
+        trained, tasks, _ = arc_data.split(cfg.data, cfg.validate)
+        return tasks, trained
     tasks = arc_data.load_tasks(source)
     try:
-        trained = arc_data.split(cfg.data, cfg.validate)[0]
+        return tasks, arc_data.split(cfg.data, cfg.validate)[0]
     except (ValueError, OSError) as error:
         say(f"not checked whether the tasks are unseen: {error}")
         return tasks, None
-    return tasks, len(arc_data.without_leaks(tasks, trained)[1])
+
+
+def count_shared(tasks: dict, trained: dict | None) -> int | None:
+    """How many tasks share a pair with a training task; None where these are not known."""
+    return None if trained is None else len(arc_data.without_leaks(tasks, trained)[1])
 
 
 def read_labels(path: Path, tasks: dict) -> dict[str, str]:
@@ -122,7 +127,7 @@ def table(cells: list[list[str]]) -> str:
 
 def evaluate_run(args):
     model, cfg = lejepa.load_run(args.run)
-    tasks, shared = read_tasks(cfg, args.data)
+    tasks, trained = read_tasks(cfg, args.data)
     if not any(len(arc_data.pairs_of(task)) > 1 for task in tasks.values()):
         raise ValueError(f"--data {args.data}: no task has two pairs with outputs")
     labels = read_labels(args.labels, tasks) if args.labels else None
@@ -132,7 +137,15 @@ def evaluate_run(args):
     result, config = read_record(args.run / "result.json"), read_record(args.run / "config.json")
     say(f"evaluating {len(tasks)} tasks beside the baselines")
     done = add_health(model, evaluation.evaluate(model, lejepa.build(cfg).eval(), tasks, labels))
-    done = done._replace(data=describe_data(done, args.data, tasks, shared))
+    done = done._replace(data=describe_data(done, args.data, tasks, count_shared(tasks, trained)))
+    if torch.cat([codes for codes, _ in done.codes]).shape[1]:
+        done.health["symbols"] = symbols.first_code_figures(model, done.windows.grids)
+        done.health["symbols"]["ndcg10_without_out1"] = symbols.retrieval_by_codes(model, done.windows)
+    decoded = {}
+    if trained:
+        say("training a decoder of frozen z")
+        decoded = decoder.decode(model, arc_data.make_windows(trained).grids, done.windows, done.z, done.z_hat)
+        done.metrics.update(decoder.decoded_metrics(decoded, done.windows.task))
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
@@ -143,9 +156,10 @@ def evaluate_run(args):
     record = {name: {"met": ok, "figure": text} for name, ok, text in met}
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
     write_file(out / "health.json", to_json({"data": done.data} | done.health | {"criteria": record}))
-    page = report.write_report(out, done, facts, log, result)
+    page = report.write_report(out, done, facts, log, result, decoded)
     lines = [*done.data["notes"], ""]
-    for names in (evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE):
+    groups = [evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE]
+    for names in groups + ([tuple(decoder.METRICS)] if decoded else []):
         lines += [metric_table(done.metrics, names), ""]
     words = {None: "unknown", True: "met", False: "not met"}
     lines += [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
@@ -219,7 +233,7 @@ def rank_candidates(args):
     for path in (args.out, *([args.submission] if args.submission else [])):
         check_writable(path, is_file=True)
     model, cfg = lejepa.load_run(args.run)
-    tasks, shared = read_tasks(cfg, args.data)
+    tasks, trained = read_tasks(cfg, args.data)
     candidates = read_candidates(args.candidates, tasks)
     ranked, attempts, asked = {}, {}, []
     for task_id, inputs in candidates.items():
@@ -240,7 +254,7 @@ def rank_candidates(args):
             say(f"{args.submission}: {len(candidates)} of {len(tasks)} tasks, as --candidates has no more")
     known = [question for question in asked if question[2] is not None]
     if known:
-        if shared:
+        if shared := count_shared(tasks, trained):
             say(f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen")
         print(ranking_table(tasks, known, lejepa.build(cfg).eval()))
     say(f"written: {args.out}" + (f", {args.submission}" if args.submission else ""))

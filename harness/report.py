@@ -22,6 +22,7 @@ from harness.charts import METRIC, PALETTE, best_baseline, number, plot_bars, pl
 from harness.charts import points, short, styled
 from harness.charts import neighbours_image, plot_parts, write_result_picture  # offered to other files
 from harness.checkpoint import write_file
+from harness.decoder import METRICS
 from lejepa import CODE_SIZE
 
 RETRIEVAL = (METRIC, "ndcg10", "all_demonstrations", "within_task", "hard_ndcg10", "hard_r1")
@@ -149,6 +150,20 @@ def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
         found = [picture(windows.grids[i], str(n), is_truth=i == truth) for n, i in enumerate(near, 1)]
         title = f"{task}: the truth has rank {rank:,} of {len(pool):,}"
         cards.append({"title": title, "lines": [given, found]})
+    return cards
+
+
+def drawn(done, decoded: dict, rows: int = 6) -> list[dict]:
+    """Windows of as many tasks, with what a decoder reads from z of the answer and from z_hat."""
+    cards, windows = [], done.windows
+    order = np.random.default_rng(1).permutation(len(windows.task))
+    chosen = np.sort(order[np.unique(windows.task[order], return_index=True)[1]])
+    for row in np.random.default_rng(1).permutation(chosen)[:rows] if decoded else ():
+        names = ("in1", "out1", "in2", "truth")
+        line = [picture(windows.grids[i], name) for i, name in zip(windows.index[row], names)]
+        line += [picture(decoded[key].grids[row], name)
+                 for key, name in (("z of the answer", "from z"), ("model", "from z_hat"))]
+        cards.append({"title": short(windows.task_ids[windows.task[row]], 16), "lines": [line]})
     return cards
 
 
@@ -286,18 +301,20 @@ def write_page(path: Path, **values) -> Path:
 
 
 @styled
-def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict) -> Path:
+def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict,
+                 decoded: dict | None = None) -> Path:
     """report.html of the evaluation `done`, self-contained. All `facts` are shown, "run" and "lam" needed."""
     codes = torch.cat([codes for codes, _ in done.codes]).numpy()
     ids, tokens = health.object_ids(done.windows.grids)
-    entries, pairwise = done.metrics, evaluation.PAIRWISE
+    entries, pairwise = {name: done.metrics[name] for name in evaluation.METRICS}, evaluation.PAIRWISE
     sentences = [result_sentence(entries[METRIC], done.health["lead"])]
     sentences += [health_sentence(done, log), leaks_sentence(done.data)]
     tables = {"Retrieval, every row": every_row(entries, [name for name in entries if name not in pairwise]),
               "Pairs, every row": every_row(entries, pairwise),
+              "Decoded from z, every row": every_row(done.metrics, tuple(METRICS) if decoded else ()),
               "Health and probes": [["figure", "value"], *flat(done.health | {"lead": {}})]}
     return write_page(
-        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
+        Path(folder) / "report.html", decoded=drawn(done, decoded or {}), title=f"{facts['run']} on {done.data['source']}", runs=None,
         facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
         retrieval=plot_bars({name: entries[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
         pairs=plot_bars({name: entries[name] for name in pairwise}), health=health_figures(done, codes, ids),
