@@ -492,6 +492,9 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
         if len(space.parts) == 1 and space is not own:  # pairs in z itself are the model's row
             x = principal(space.parts[0][0][torch.arange(count)], z.shape[1])  # no wider than z
             rows[name], probes[name] = pair_metrics(x, pairs)
+    for name, other in (("pooled, untrained", untrained), ("pooled, trained", model)) if spaces else ():
+        x = principal(other.embed(windows.grids, layer="pooled").float().cpu(), z.shape[1])
+        rows[name], probes[name] = pair_metrics(x, pairs)
     if spaces:
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         rows["chance"] = answer(Space(outputs, noise, measure=euclidean).by_weights((1, 0, 0)), nats=False)
