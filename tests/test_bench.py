@@ -106,6 +106,11 @@ def test_a_time_is_that_of_one_call_however_many_are_made_between_two_waits(monk
     assert bench.timed(device.call, "cpu") == pytest.approx(0.001)           # nothing waits for a GPU
 
 
+def trace_one_step(monkeypatch):
+    monkeypatch.setattr(profiling, "WARM", 1)
+    monkeypatch.setattr(profiling, "TRACED", 1)
+
+
 def test_a_mode_that_fails_and_a_late_compilation_are_failures_and_the_other_rows_stay(monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA out of memory\nmore")
@@ -118,6 +123,7 @@ def test_a_mode_that_fails_and_a_late_compilation_are_failures_and_the_other_row
     monkeypatch.setattr(profiling, "compile_parts", fail)
     monkeypatch.setattr(lejepa, "train_step", compiling)
     monkeypatch.setattr(bench, "FIRST", 1)
+    trace_one_step(monkeypatch)
     args = argparse.Namespace(size=["small"], windows=[12], modes=["eager", "compiled"], device="cpu",
                               rounds=1, data=TaskSet(synthetic_tasks(35)), failures=[],
                               product={"fp32": 1e9, "bf16": 1e9})
@@ -200,6 +206,7 @@ def test_bench_prints_its_tables_and_writes_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", [(64, 8), (96, 16)])
     monkeypatch.setattr(bench, "FIRST", 2)
     monkeypatch.setattr(profiling.matmul_rate, "__defaults__", (1,))
+    trace_one_step(monkeypatch)
     monkeypatch.setattr(run, "keep_large_blocks", lambda: None)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     words = ["--modes", "naive", "eager", "--rounds", "1", "--windows", "24", "--out", str(tmp_path / "out")]
