@@ -44,6 +44,7 @@ FIRST = 20                                             # steps before the measur
 MODES = {"cpu": ("naive", "eager", "compiled"), "cuda": ("eager", "compiled", "graphs")}
 CALLS = {"cpu": 1, "cuda": 10}                         # calls between two waits; a run waits every LOG_EVERY
 PEAKS = {"A6000": 155, "A100": 312, "H100": 989, "H200": 989, "4090": 165}     # dense bf16 TFLOP/s, on paper
+SHAPES = ((1024, 128), (4096, 384))                    # N x D of SIGReg on a CPU
 TOLERANCE = 1e-3                                       # relative difference from the CPU in five fp32 steps
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -141,7 +142,7 @@ def sigreg_table(args):
     yield ("N x D", "case", "ms", "over its products",
            *(f"times as fast as the plain form, {mode}" for mode in modes), "memory, N M floats")
     sizes = [lejepa.SIZES[size] for size in args.size] if args.device == "cuda" else []
-    for N, D in [(size.batch_size // 2, size.dim) for size in sizes] or [(1024, 128), (4096, 384)]:
+    for N, D in [(size.batch_size // 2, size.dim) for size in sizes] or SHAPES:
         z = torch.randn(N, D, device=args.device, requires_grad=True)
         directions = F.normalize(torch.randn(D, M, device=args.device), dim=0)
         memory, filled = torch.randn(M, D, device=args.device), torch.tensor(M, device=args.device)

@@ -1018,7 +1018,8 @@ assert z_hat.shape == (1, 256) and z_hat.isfinite().all() and 0 < float(distance
 """
     where = f"folder = {str(tmp_path)!r}\nimport lejepa\nlejepa_file = lejepa.__file__\n"
     write_tasks(tmp_path / "tasks", synthetic_tasks(0))
-    run_script(BLOCK + docstring_example() + "\n" + where + check, tmp_path, PYTHONPATH="")
+    example = docstring_example().replace("steps=20, batch_size=48", "steps=3, batch_size=24")
+    run_script(BLOCK + example + "\n" + where + check, tmp_path, PYTHONPATH="")
     assert {path.name for path in tmp_path.iterdir()} == {"lejepa.py", "arc_data.py", "tasks"}
 
 
