@@ -118,7 +118,6 @@ def resolve_defaults(cfg: Config) -> Config:
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
     return dataclasses.replace(cfg, device=device, size=size, **{name: defaults[name] for name in missing})
 
-
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
@@ -270,7 +269,6 @@ class LeJEPALoss(nn.Module):
         """The embedding that evaluation compares, by Euclidean distance."""
         return z
 
-
 # ------------------------------------------------------------------------------------------------- 3 Model
 
 LEVELS = (4, 4, 4, 4, 3)                       # bins of the numbers behind one code
@@ -279,32 +277,22 @@ CODES = 4                                      # C: codes of an object, 38 bits 
 DROPOUT = 0.1                                  # of what a transformer block adds
 
 
-def bin_means(levels: int) -> Tensor:
-    """(levels,) the mean of N(0, 1) inside each of `levels` equally likely bins."""
-    edges = torch.special.ndtri(torch.linspace(0, 1, levels + 1, dtype=torch.float64))
-    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    return ((density[:-1] - density[1:]) * levels).float()
-
-
 class GaussianQuantizer(nn.Module):
     """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
-    A number y becomes level floor(L * Phi(y)) of L and is read back as the mean of its bin; the gradient
+    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; the gradient
     passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
 
     def __init__(self):
         super().__init__()
-        means = torch.stack([F.pad(bin_means(levels), (0, max(LEVELS) - levels)) for levels in LEVELS])
         place = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
-        self.register_buffer("means", means.repeat(CODES, 1), persistent=False)  # (m, most levels)
         self.register_buffer("levels", torch.tensor(LEVELS).repeat(CODES), persistent=False)   # (m,)
         self.register_buffer("place", torch.tensor(place), persistent=False)                   # (m / C,)
 
     def forward(self, y: Tensor) -> Tensor:
-        """y (U, m) -> (U, m): the mean of each number's bin, with the gradient of y."""
-        mean = self.means[torch.arange(len(self.levels), device=y.device), self.level(y)]
-        return mean + (y - y.detach())
+        """y (U, m) -> (U, m): the median of each number's bin, with the gradient of y."""
+        return torch.special.ndtri((self.level(y) + 0.5) / self.levels) + (y - y.detach())
 
     def level(self, y: Tensor) -> Tensor:
         """The bin of each number (..., m), int64. Clamped, because Phi can round to 1."""
@@ -557,7 +545,6 @@ def build(cfg: Config) -> LeJEPA:
         torch.manual_seed(cfg.seed)
         return LeJEPA(cfg)
 
-
 # --------------------------------------------------------------------------------------------- 4 Optimizer
 
 WARMUP = 50                                    # steps to the full learning rate, which then stays constant
@@ -586,14 +573,10 @@ def update_average(model: LeJEPA, step: int):
     share = 1 / (1 + AVERAGING_FRACTION * step)
     trained = model.state_dict()
     for name, average in model.averaged.state_dict().items():
-        if average.is_floating_point():
+        if average.is_floating_point():                # a count of batches has no use in evaluation
             average.lerp_(trained[name], share)
-        else:
-            average.copy_(trained[name])
-
 
 # ---------------------------------------------------------------------------------------------- 5 Training
-
 
 def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its terms. SIGReg and the loss are computed in fp32, outside autocast."""
@@ -637,9 +620,7 @@ def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_s
             return step + 1
     return cfg.steps
 
-
 # ----------------------------------------------------------------------------------------------- 6 Loading
-
 
 def checkpoint_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
@@ -815,9 +796,7 @@ QUANTIZERS = {"gaussian": lambda cfg: GaussianQuantizer(), "ema": lambda cfg: EM
               "none": lambda cfg: NoQuantizer()}
 OBJECTIVES = {"lejepa": LeJEPALoss, "infonce": InfoNCE}
 
-
 # -------------------------------------------------------------------------------------------------- 8 Main
-
 
 def main():
     import harness.run                                 # flags, folders, checkpoints, logs and signals
