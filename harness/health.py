@@ -13,9 +13,10 @@ from torch import Tensor
 
 import arc_data
 from eval import Evaluation
-from lejepa import CODE_SIZE, SIGREG_NULL, sigreg
+from lejepa import CODE_SIZE, sigreg
 
 SAMPLE = 4096   # windows behind an effective rank
+SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
 SIGREG_N = 192  # size of a sample that SIGReg is measured on: a step of the default run
 
 
