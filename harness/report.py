@@ -37,8 +37,8 @@ ALERTS = {  # why the recorded runs should have been stopped: figure, are its va
     "code usage below 5 %": ("codes_usage", lambda v: v[-1] < 0.05, min),
     "effective rank of the context below 3": ("effective_rank_context", lambda v: v[-1] < 3, min),
     "effective rank of the target below 5": ("effective_rank_target", lambda v: v[-1] < 5, min),
-    "gradient norm above 30 at five logged steps in a row":
-        ("grad_norm", lambda v: len(v) > 4 and min(v[-5:]) > 30, max),
+    "gradient norm above 30 at five logged steps in a row, the first ten left out":
+        ("grad_norm", lambda v: len(v) > 14 and min(v[-5:]) > 30, max),
     "validation loss above twice that of the evaluation before":
         ("validation_loss", lambda v: len(v) > 1 and v[-1] > 2 * v[-2], max),
     f"no better nDCG@10 without out1 in {STALL} evaluations":
