@@ -235,14 +235,15 @@ class Windows(NamedTuple):
     task: np.ndarray       # (windows,)   task number
     task_ids: list
     outputs: np.ndarray    # positions in grids of the distinct outputs
+    pairs: list            # of each task: (pairs, 2) its complete pairs as positions in grids
     capped: int            # windows left out, of tasks with too many
 
 def make_windows(tasks: dict[str, Task], most: int = 1000, seed: int = 0) -> Windows:
     """Windows (in1, out1, in2) -> out2: all ordered choices of two pairs of a task, or a sample of `most`."""
-    found = {}                                          # content: position, grid
-    pairs = [[[found.setdefault((side.shape, side.tobytes()), (len(found), side))[0] for side in pair]
-              for pair in pairs_of(task)] for task in tasks.values()]
-    windows = []
+    groups, windows = [pairs_of(task) for task in tasks.values()], []
+    grids, place = unique_grids([side for group in groups for pair in group for side in pair])
+    ends = np.cumsum([len(group) for group in groups], dtype=int)
+    pairs = np.split(np.array(place, dtype=int).reshape(-1, 2), ends[:-1])
     for number, rows in enumerate(pairs):
         others = len(rows) - 1
         choices = range(len(rows) * others)             # first * others + second, counted without the first
@@ -251,9 +252,9 @@ def make_windows(tasks: dict[str, Task], most: int = 1000, seed: int = 0) -> Win
         for first, second in (divmod(choice, others) for choice in choices):
             windows.append([number, *rows[first], *rows[second + (second >= first)]])
     task, *index = np.array(windows, dtype=np.int64).reshape(-1, 5).T
-    outputs = np.unique([output for rows in pairs for _, output in rows])
-    return Windows([grid for _, grid in found.values()], np.stack(index, 1), task, list(tasks), outputs,
-                   sum(len(rows) * (len(rows) - 1) for rows in pairs) - len(windows))
+    outputs = np.unique(place[1::2])
+    capped = sum(len(rows) * (len(rows) - 1) for rows in pairs) - len(windows)
+    return Windows(grids, np.stack(index, 1), task, list(tasks), outputs, pairs, capped)
 # ------------------------------------------------------------------------------------------- object tokens
 def pad(grids, outside: int = PAD) -> np.ndarray:
     """(G, 30, 30) int8, each grid in the top left corner."""
@@ -336,7 +337,6 @@ class Grids(NamedTuple):
     """G grids as tokens in R rows of L slots, and the U distinct shapes that these tokens show.
     Attention stays inside (row, grid). An empty slot has grid = G."""
     bits: torch.Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct shapes
-    whole: torch.Tensor          # (U,)       bool: the shape of a whole grid, not of an object
     object_id: torch.Tensor      # (R, L)     int64: which distinct shape
     colour: torch.Tensor         # (R, L)     int64
     box: torch.Tensor            # (R, L, 4)  int64: top, left, height, width
@@ -396,7 +396,7 @@ class TokenTable:
         token = start[owner] + place
         shape = self.turned[0 if symmetry is None else symmetry[owner], self.tokens.shape[token]]
         colour = self.tokens.colour[token] if colours is None else colours[owner, self.tokens.colour[token]]
-        distinct, object_id = np.unique(shape * 2 + (place == 0), return_inverse=True)
+        distinct, object_id = np.unique(shape, return_inverse=True)
         slots = np.zeros((4, rows, SLOTS), dtype=np.int64)
         slots[3] = len(chosen)
         slots.reshape(4, -1)[:, first[owner] + place] = object_id, token, colour, owner
@@ -407,12 +407,11 @@ class TokenTable:
         box = self.box[token]                                                  # (R, L, 4)
         if symmetry is not None:
             some = grid.clamp(max=len(first) - 1)                              # an empty slot takes any grid
-            box = _turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
+            box = turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
             box = box.masked_fill((grid == len(first))[..., None], 0)
-        whole = distinct % 2 == 1
-        return Grids(self.bitmaps[distinct // 2], whole, object_id, colour, box, grid, first, count)
+        return Grids(self.bitmaps[distinct], object_id, colour, box, grid, first, count)
 
-def _turn_boxes(box, whole, symmetry):
+def turn_boxes(box, whole, symmetry):
     """Boxes (R, L, 4) inside grids with boxes `whole`, turned by `symmetry` (R, L) as `turn` turns a grid."""
     def transpose(x):                                   # by a flip: an index that is a list would block a GPU
         return torch.where((symmetry & 1).bool()[..., None], x.view(-1, 2, 2).flip(2).view(x.shape), x)

@@ -121,8 +121,7 @@ def resolve_defaults(cfg: Config) -> Config:
 
 # --------------------------------------------------------------------------------------------- 2 Objective
 
-KNOTS = 17                                     # of the published grid: t_k = k DT on [0, 3]
-DT = 3 / (KNOTS - 1)
+KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
 SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
 LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
@@ -132,12 +131,10 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
     z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
     directions  (D, M)               unit columns, drawn anew at every step
-    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N for a collapsed
-                                     encoder
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N if collapsed
 
-    Half types are raised to fp32; float64 stays. Raises ValueError for a view of one sample or shapes that do
-    not match. Source: arXiv:2511.08544, on the grid of its authors' code, mean over V and M. The closed form
-    of the sums over frequencies is ours.
+    Half types are raised to fp32. Raises ValueError for a view of one sample or shapes that do not match.
+    Source: arXiv:2511.08544, on the grid of its authors' code, mean over V and M. The closed form is ours.
     """
     if z.ndim not in (2, 3) or z.shape[-2] < 2 or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
         raise ValueError("sigreg takes z (V, N, D) or (N, D) of at least 2 samples and directions (D, M), "
@@ -160,14 +157,12 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
     memory   (Q, D)  earlier embeddings, without gradient; the first `filled` (0-d) rows are used
     returns  scalar  in units of |z_i - z_j|^2 / D: 2 for a collapsed encoder, t^2 / D for a uniform sphere
 
-    Averaged over all directions, the Epps-Pulley statistic at t is the mean over pairs of exp(-t^2 d^2 / 2 D)
-    plus what depends on lengths alone. That mean is ruled by the most crowded regions. Here each sample takes
-    the logarithm of its own mean first, so every sample repels its own close neighbours with equal weight:
-
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    This is uniformity (arXiv:2005.10242) with the logarithm inside the mean, and the denominator of InfoNCE
-    for targets instead of predictions.
+    Averaged over all directions, the Epps-Pulley statistic at t is the mean over all pairs of the same kernel,
+    up to what depends on lengths alone; it is ruled by the most crowded regions. With the logarithm of its own
+    mean, each sample repels its close neighbours with equal weight. (Uniformity, arXiv:2005.10242, with the
+    logarithm inside the mean; the denominator of InfoNCE for targets instead of predictions.)
     """
     t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
@@ -181,8 +176,7 @@ class EppsPulley(torch.autograd.Function):
 
     As t_k = k t_1, all cosines and sines follow from one of each by angle addition, and so does the gradient,
     2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
-    multiplies complex numbers in place; the compiler, which has none, fuses `multiples`. Both are 4 times as
-    fast as the plain formula and take O(N M) memory instead of O(T N M).
+    multiplies complex numbers in place; the compiler, which has none, fuses `multiples`.
     """
 
     @staticmethod
@@ -200,9 +194,8 @@ class EppsPulley(torch.autograd.Function):
         x, t, factors = ctx.saved_tensors
         of_sin, of_cos = factors.unbind(2)  # (V M, T): the error of the cosine multiplies the sine
         if torch.compiler.is_compiling():
-            waves = enumerate(zip(*multiples(x, t)))
-            dx = sum(of_cos[:, k, None] * cos - of_sin[:, k, None] * sin for k, (cos, sin) in waves)
-            return 2 * grad[:, None] * dx, None, None, None
+            waves = zip(of_cos.T[..., None], of_sin.T[..., None], *multiples(x, t))
+            return 2 * grad[:, None] * sum(a * cos - b * sin for a, b, cos, sin in waves), None, None, None
         dx, factors = torch.empty_like(x), 2 * grad[:, None] * torch.complex(of_cos, of_sin)
         for rows, factor, result in zip(*(part.split(chunk_rows(x)) for part in (x, factors, dx))):
             wave = torch.complex(torch.cos(t[0] * rows), torch.sin(t[0] * rows))
@@ -230,7 +223,7 @@ def wave_means(x: Tensor, t: Tensor) -> Tensor:
 def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """cos(t_k x) and sin(t_k x) of each k, for the compiler: in steps of four, because short chains fuse."""
     cos, sin = [torch.ones_like(x), torch.cos(t[0] * x)], [torch.zeros_like(x), torch.sin(t[0] * x)]
-    for k in range(2, min(5, len(t) + 1)):
+    for k in range(2, 5):
         cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
         sin.append(sin[k - 1] * cos[1] + cos[k - 1] * sin[1])
     for k in range(5, len(t) + 1):                     # f(k) = 2 cos(t_4 x) f(k - 4) - f(k - 8)
@@ -362,21 +355,16 @@ class ObjectHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.bitmap = nn.Linear(8 * BYTES, width)
-        self.area = nn.Linear(1, width, bias=False)
-        self.whole = nn.Parameter(torch.zeros(width))
-        layers = [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS))]
-        self.mlp = nn.Sequential(nn.GELU(), *layers)
-        nn.init.normal_(self.bitmap.weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
+        self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
+                                 nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
         nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
         """y (U, m) of the distinct shapes."""
         bits = ((grids.bits[:, :, None] >> self.shifts) & 1).flatten(1).float()                # (U, 8 BYTES)
-        area = torch.log1p(bits.sum(1, keepdim=True)) / 3
-        x = self.bitmap(bits) + self.area(area) + grids.whole[:, None] * self.whole
-        return self.mlp(x).float()                                                             # (U, m)
+        return self.mlp(bits).float()                                                          # (U, m)
 
 
 class Encoder(nn.Module):
@@ -430,7 +418,7 @@ class Encoder(nn.Module):
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
-        x = x + grids.whole[grids.object_id][..., None] * self.whole
+        x.view(-1, x.shape[-1])[grids.first] += self.whole
         symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
         bias = torch.zeros(same_grid.shape, dtype=x.dtype, device=x.device).masked_fill(~same_grid, -math.inf)
@@ -693,12 +681,12 @@ def load_run(path) -> tuple[LeJEPA, Config]:
     try:
         cfg = Config(**found["config"])
         model = build(cfg)
-        model.load_state_dict({name[6:]: value for name, value in tensors.items() if name[:6] == "model."})
-        for name, value in model.state_dict().items():  # which would be cast without a word
-            if value.dtype != tensors[f"model.{name}"].dtype:
-                raise ValueError(f"{name} is not {value.dtype}")
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: of another version of lejepa.py: {' '.join(str(error).split())}") from None
+        for name, value in model.averaged.state_dict(prefix="model.averaged.").items():
+            if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
+                raise ValueError(f"{name} is not {value.dtype} {tuple(value.shape)}")
+            value.copy_(tensors[name])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: of another version of lejepa.py: {error}") from None
     return model.eval().requires_grad_(False), cfg
 
 
@@ -763,7 +751,8 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self, y: Tensor, chosen: Tensor):
-        one_hot = F.one_hot(chosen, CODE_SIZE).float().transpose(1, 2)                         # (C, 768, U)
+        is_chosen = chosen[..., None] == torch.arange(CODE_SIZE, device=y.device)              # (C, U, 768)
+        one_hot = is_chosen.float().transpose(1, 2)                                            # (C, 768, U)
         self.members.lerp_(one_hot.sum(-1), 1 - self.DECAY)
         with torch.autocast(y.device.type, enabled=False):
             self.total.lerp_(one_hot @ self.split(y), 1 - self.DECAY)

@@ -195,8 +195,7 @@ def padded(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     held = grids.object_id.flatten()
     own = torch.arange(len(held), device=held.device)
     slot = own.new_empty(len(grids.bits)).scatter(0, held, own)              # (U,) one that holds the object
-    grids = grids._replace(bits=grids.bits[held], whole=grids.whole[held],
-                           object_id=own.view_as(grids.object_id))
+    grids = grids._replace(bits=grids.bits[held], object_id=own.view_as(grids.object_id))
     return batch._replace(grids=grids, object_sample=slot[batch.object_sample])
 
 
@@ -258,7 +257,8 @@ def check(case: Step, tasks: dict):
     try:
         lejepa.train(case.model, case.optimizers, case.data, cfg, 0, functools.partial(run.RunLog.count, log))
     except RuntimeError as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        code = Path(lejepa.__file__).parent, Path(__file__).parent
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent in code]
         yield f"a wait between two logs: {error} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     finally:
         torch.cuda.set_sync_debug_mode("default")

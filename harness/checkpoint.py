@@ -194,3 +194,19 @@ def say_changes(cfg: Config, found: dict, commit: str):
         print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is "
               f"{commit or 'unknown'}: where they differ, the run no longer equals an uninterrupted one",
               file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------- a release
+
+
+def release(run: Path, folder: Path):
+    """Writes the averaged weights alone, which is all that load_run reads, as <folder>/last.safetensors."""
+    tensors, metadata, _ = read_checkpoint(run)
+    tensors = {name: value for name, value in tensors.items() if name.startswith("model.averaged.")}
+    metadata = {name: json.dumps(metadata[name]) for name in ("step", "commit", "config")}
+    content = safetensors.torch.save(tensors, metadata | {"sha256": checkpoint_digest(tensors, metadata)})
+    write_file(folder / "last.safetensors", content)
+
+
+if __name__ == "__main__":                             # python -m harness.checkpoint RUN FOLDER
+    release(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -19,8 +19,9 @@ from sklearn.metrics import adjusted_mutual_info_score
 import arc_data
 import eval as evaluation
 import lejepa
-from harness import checkpoint, report
+from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
+from harness.health import add_health, object_ids
 
 RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics, and their names in eval.py
 RANKED_BASELINES = {"copy in2": ("raw",), "analogy": ("raw", "31 features", "raw + 31 features")}
@@ -33,17 +34,22 @@ def say(line: str):
     print(line, file=sys.stderr, flush=True)
 
 
-def read_tasks(cfg, source: str) -> tuple[dict, int | None]:
-    """The tasks of --data, and how many share a pair with the training tasks (None: these cannot be read)."""
+def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
+    """The tasks of --data, and those that the run was trained on (None: they cannot be read)."""
     if source == "dev":
-        return arc_data.split(cfg.data, cfg.validate)[1], 0
+        trained, tasks, _ = arc_data.split(cfg.data, cfg.validate)
+        return tasks, trained
     tasks = arc_data.load_tasks(source)
     try:
-        trained = arc_data.split(cfg.data, cfg.validate)[0]
+        return tasks, arc_data.split(cfg.data, cfg.validate)[0]
     except (ValueError, OSError) as error:
         say(f"not checked whether the tasks are unseen: {error}")
         return tasks, None
-    return tasks, len(arc_data.without_leaks(tasks, trained)[1])
+
+
+def count_shared(tasks: dict, trained: dict | None) -> int | None:
+    """How many tasks share a pair with a training task; None where these are not known."""
+    return None if trained is None else len(arc_data.without_leaks(tasks, trained)[1])
 
 
 def read_labels(path: Path, tasks: dict) -> dict[str, str]:
@@ -121,15 +127,25 @@ def table(cells: list[list[str]]) -> str:
 
 def evaluate_run(args):
     model, cfg = lejepa.load_run(args.run)
-    tasks, shared = read_tasks(cfg, args.data)
+    tasks, trained = read_tasks(cfg, args.data)
+    if not any(len(arc_data.pairs_of(task)) > 1 for task in tasks.values()):
+        raise ValueError(f"--data {args.data}: no task has two pairs with outputs")
     labels = read_labels(args.labels, tasks) if args.labels else None
     out = args.out or choose_folder(args.run, args.data)
     check_writable(out)
     log = checkpoint.read_log(args.run)
     result, config = read_record(args.run / "result.json"), read_record(args.run / "config.json")
-    untrained = lejepa.build(cfg).eval()
-    done = evaluation.evaluate(model, untrained, tasks, source=args.data, labels=labels, shared=shared,
-                               progress=say)
+    say(f"evaluating {len(tasks)} tasks beside the baselines")
+    done = add_health(model, evaluation.evaluate(model, lejepa.build(cfg).eval(), tasks, labels))
+    done = done._replace(data=describe_data(done, args.data, tasks, count_shared(tasks, trained)))
+    if torch.cat([codes for codes, _ in done.codes]).shape[1]:
+        done.health["symbols"] = symbols.first_code_figures(model, done.windows.grids)
+        done.health["symbols"]["ndcg10_without_out1"] = symbols.retrieval_by_codes(model, done.windows)
+    decoded = {}
+    if trained:
+        say("training a decoder of frozen z")
+        decoded = decoder.decode(model, arc_data.make_windows(trained).grids, done.windows, done.z, done.z_hat)
+        done.metrics.update(decoder.decoded_metrics(decoded, done.windows.task))
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
@@ -140,13 +156,28 @@ def evaluate_run(args):
     record = {name: {"met": ok, "figure": text} for name, ok, text in met}
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
     write_file(out / "health.json", to_json({"data": done.data} | done.health | {"criteria": record}))
-    page = report.write_report(out, done, facts, log, result)
+    page = report.write_report(out, done, facts, log, result, decoded)
     lines = [*done.data["notes"], ""]
-    for names in (evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE):
+    groups = [evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE]
+    for names in groups + ([tuple(decoder.METRICS)] if decoded else []):
         lines += [metric_table(done.metrics, names), ""]
     words = {None: "unknown", True: "met", False: "not met"}
     lines += [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
     print("\n".join([*lines, f"written: {out / 'eval.json'}, {out / 'health.json'}, {page}"]))
+
+
+def describe_data(done: evaluation.Evaluation, source: str, tasks: dict, shared: int | None) -> dict:
+    """What was evaluated, and notes on what no figure uses and what is not unseen."""
+    single = sum(len(arc_data.pairs_of(task)) < 2 for task in tasks.values())
+    unlabelled = len(tasks) - len(done.labels) if done.labels else 0
+    capped = done.windows.capped
+    lines = {arc_data.count_missing(tasks): True,
+             f"{single} tasks with fewer than two complete pairs: in no window and no pair": single,
+             f"{capped} windows of tasks with many pairs left out by a seeded sample": capped,
+             f"{unlabelled} tasks without a label: not probed": unlabelled,
+             f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen": shared}
+    notes = [line for line, holds in lines.items() if holds and line]
+    return {"source": source} | done.data | {"shared_with_training": shared, "notes": notes}
 
 
 def read_record(path: Path) -> dict:
@@ -202,7 +233,7 @@ def rank_candidates(args):
     for path in (args.out, *([args.submission] if args.submission else [])):
         check_writable(path, is_file=True)
     model, cfg = lejepa.load_run(args.run)
-    tasks, shared = read_tasks(cfg, args.data)
+    tasks, trained = read_tasks(cfg, args.data)
     candidates = read_candidates(args.candidates, tasks)
     ranked, attempts, asked = {}, {}, []
     for task_id, inputs in candidates.items():
@@ -223,7 +254,7 @@ def rank_candidates(args):
             say(f"{args.submission}: {len(candidates)} of {len(tasks)} tasks, as --candidates has no more")
     known = [question for question in asked if question[2] is not None]
     if known:
-        if shared:
+        if shared := count_shared(tasks, trained):
             say(f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen")
         print(ranking_table(tasks, known, lejepa.build(cfg).eval()))
     say(f"written: {args.out}" + (f", {args.submission}" if args.submission else ""))
@@ -252,9 +283,8 @@ def rank_answer(scores: torch.Tensor, truth: np.ndarray, tie: float) -> dict[str
     """The metrics of the candidate (n,) that is the truth; 0 where none is."""
     if not truth.any():
         return dict.fromkeys(RANKED.values(), 0.0)
-    margin = scores - scores[int(truth.argmax())]
-    above, tied = (margin > tie).sum(), (margin.abs() <= tie).sum()
-    return {key: float(value) for key, value in evaluation.rank_metrics(above, tied).items()}
+    margin = (scores - scores[int(truth.argmax())])[None]
+    return {key: float(value) for key, value in evaluation.rank_metrics(margin, tie).items()}
 
 
 def candidate_baselines(tasks: dict, asked: list) -> dict[str, list]:
@@ -293,14 +323,14 @@ def compare_runs(args):
     result, first, codes = {"data": args.data, "runs": {}}, None, {}
     for name, (model, _) in loaded.items():
         say(f"evaluating {name}")
-        done = evaluation.evaluate(model, None, tasks, source=args.data)
+        done = evaluation.evaluate(model, None, tasks)
         first = first or done
         entries = result["runs"][name] = {}
         for metric, (values, task) in done.values.items():
             entries[metric] = {"value": float(values.mean()),
                                "interval": evaluation.bootstrap_ci(values, task),
                                "difference": evaluation.paired_ci(values, first.values[metric][0], task)}
-        ids, _ = evaluation.object_ids(done.windows.grids)
+        ids, _ = object_ids(done.windows.grids)
         distinct = np.unique(ids, return_index=True)[1]
         codes[name] = torch.cat([found for found, _ in done.codes]).numpy()[distinct]
         if name != names[0] and codes[name].shape[1] and codes[names[0]].shape[1]:

@@ -17,11 +17,12 @@ import torch
 
 import arc_data
 import eval as evaluation
-from harness import charts
+from harness import charts, health
 from harness.charts import METRIC, PALETTE, best_baseline, number, plot_bars, plot_ranked, plot_training
 from harness.charts import points, short, styled
 from harness.charts import neighbours_image, plot_parts, write_result_picture  # offered to other files
 from harness.checkpoint import write_file
+from harness.decoder import METRICS
 from lejepa import CODE_SIZE
 
 RETRIEVAL = (METRIC, "ndcg10", "all_demonstrations", "within_task", "hard_ndcg10", "hard_r1")
@@ -152,6 +153,20 @@ def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
     return cards
 
 
+def drawn(done, decoded: dict, rows: int = 6) -> list[dict]:
+    """Windows of as many tasks, with what a decoder reads from z of the answer and from z_hat."""
+    cards, windows = [], done.windows
+    order = np.random.default_rng(1).permutation(len(windows.task))
+    chosen = np.sort(order[np.unique(windows.task[order], return_index=True)[1]])
+    for row in np.random.default_rng(1).permutation(chosen)[:rows] if decoded else ():
+        names = ("in1", "out1", "in2", "truth")
+        line = [picture(windows.grids[i], name) for i, name in zip(windows.index[row], names)]
+        line += [picture(decoded[key].grids[row], name)
+                 for key, name in (("z of the answer", "from z"), ("model", "from z_hat"))]
+        cards.append({"title": short(windows.task_ids[windows.task[row]], 16), "lines": [line]})
+    return cards
+
+
 def symbols(codes: np.ndarray, ids: np.ndarray, tokens, examples: int = 8) -> list[dict]:
     """The most used codes (n, K) of each position and the objects that have them, the most frequent first."""
     cards = []
@@ -241,11 +256,11 @@ def flat(values: dict, prefix: str = "") -> list[list]:
 def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
     """Spectrum, map, and use of the codes; what the data are too few for is left out."""
     figures, pairs, windows = [], done.pairs, done.windows
-    rows = np.random.default_rng(0).permutation(len(done.z_hat))[:evaluation.SAMPLE]
+    rows = np.random.default_rng(0).permutation(len(done.z_hat))[:health.SAMPLE]
     if len(rows) > 2:
         normal = torch.randn(len(rows), done.z.shape[1], generator=torch.Generator().manual_seed(0))
         x = {"context": done.z_hat[rows], "target": done.z[windows.index[rows, 3]], "N(0, I)": normal}
-        spectra = {name: evaluation.spectrum(values).numpy() for name, values in x.items()}
+        spectra = {name: health.spectrum(values).numpy() for name, values in x.items()}
         figures.append(plot_ranked(f"eigenvalues of the covariance, n = {len(rows):,}", spectra))
     if len(pairs.task) > 2:
         group, names, what = pairs.task, windows.task_ids, "task"
@@ -286,18 +301,20 @@ def write_page(path: Path, **values) -> Path:
 
 
 @styled
-def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict) -> Path:
+def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict,
+                 decoded: dict | None = None) -> Path:
     """report.html of the evaluation `done`, self-contained. All `facts` are shown, "run" and "lam" needed."""
     codes = torch.cat([codes for codes, _ in done.codes]).numpy()
-    ids, tokens = evaluation.object_ids(done.windows.grids)
-    entries, health, pairwise = done.metrics, done.health, evaluation.PAIRWISE
-    sentences = [result_sentence(entries[METRIC], health["lead"])]
+    ids, tokens = health.object_ids(done.windows.grids)
+    entries, pairwise = {name: done.metrics[name] for name in evaluation.METRICS}, evaluation.PAIRWISE
+    sentences = [result_sentence(entries[METRIC], done.health["lead"])]
     sentences += [health_sentence(done, log), leaks_sentence(done.data)]
     tables = {"Retrieval, every row": every_row(entries, [name for name in entries if name not in pairwise]),
               "Pairs, every row": every_row(entries, pairwise),
-              "Health and probes": [["figure", "value"], *flat(health | {"lead": {}})]}
+              "Decoded from z, every row": every_row(done.metrics, tuple(METRICS) if decoded else ()),
+              "Health and probes": [["figure", "value"], *flat(done.health | {"lead": {}})]}
     return write_page(
-        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
+        Path(folder) / "report.html", decoded=drawn(done, decoded or {}), title=f"{facts['run']} on {done.data['source']}", runs=None,
         facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
         retrieval=plot_bars({name: entries[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
         pairs=plot_bars({name: entries[name] for name in pairwise}), health=health_figures(done, codes, ids),

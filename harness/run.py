@@ -30,10 +30,13 @@ import eval as evaluation
 import lejepa
 from arc_data import TaskSet, TokenTable, make_windows
 from harness import checkpoint, profiling, report
+from harness.charts import best_baseline
 from harness.checkpoint import write_file
+from harness.health import add_health, code_statistics, effective_rank
 from lejepa import Config
 
 LOG_EVERY = 10                                 # steps between two log lines
+SAMPLED = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")               # evaluated during training
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
           "demonstrations": (1, 16), "lam": (0, 1), "memory": (0, 2**20), "seed": (0, 2**31 - 1)}
@@ -282,15 +285,15 @@ class RunLog:
         """Figures on a sample of the unseen tasks, and on some training tasks (prefixed train_)."""
         begin, model = time.monotonic(), self.model.eval()
         pool = model.embed([self.unseen.grids[i] for i in self.unseen.outputs]).cpu()
-        figures = evaluation.evaluate_sample(model, self.unseen, pool)
+        figures = evaluate_sample(model, self.unseen, pool)
         figures["validation_prediction"] = figures.pop("prediction")
-        seen = evaluation.evaluate_sample(model, self.seen)
+        seen = evaluate_sample(model, self.seen)
         figures |= {"train_" + name: seen[name] for name in ("ndcg10_without_out1", "within_task")}
         figures["validation_loss"] = self.validation_loss()
         is_filled = self.objects.grid < len(self.objects.first)
         ids = self.objects.object_id[is_filled].cpu()          # (n,) of every object
         codes = model.code_indices(self.objects).cpu()[ids]
-        figures |= evaluation.code_statistics(codes.numpy(), lejepa.CODE_SIZE, ids.numpy())
+        figures |= code_statistics(codes.numpy(), lejepa.CODE_SIZE, ids.numpy())
         for position, column in enumerate(codes.T):
             self.board.add_histogram(f"codes/{position}", column, step, bins=64)
         image = report.neighbours_image(model, self.unseen, pool)
@@ -330,9 +333,7 @@ class RunLog:
     def finish(self, untrained, epoch: int, steps: int) -> dict:
         """The full evaluation at the end of the run, as result.json, result.png and a block of lines."""
         model = self.model.eval()
-        source = "dev" if self.cfg.validate == "dev" else self.cfg.validate or "the validation tasks"
-        result = evaluation.evaluate(model, untrained, self.held_out, source=source)
-        result = evaluation.result_figures(result)
+        result = result_figures(add_health(model, evaluation.evaluate(model, untrained, self.held_out)))
         rows = checkpoint.read_log(self.folder)
         result |= {"loss": self.validation_loss(), "steps": steps, "windows": self.windows,
                    "epochs": self.windows / epoch,
@@ -356,6 +357,44 @@ class RunLog:
             line = f"nDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}"
         return (f"\n{line}\n"
                 f"picture: {self.folder / 'result.png'}\nfull report: python eval.py {self.folder}")
+
+
+@torch.no_grad()
+def evaluate_sample(model, windows, pool: torch.Tensor | None = None, limit: int = 1024, seed: int = 0):
+    """Figures of a seeded sample of `limit` windows in the whole pool (P, D), for use during training."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
+    if pool is None:
+        pool = model.embed([windows.grids[i] for i in windows.outputs])
+    pool, z_hat = pool.float().cpu(), model.predict(evaluation.contexts(windows, rows)).float().cpu()
+    every = torch.zeros(len(windows.task), z_hat.shape[1])
+    every[rows] = z_hat
+    space = evaluation.Space(torch.arange(len(pool)), pool, measure=evaluation.euclidean)
+    queries = evaluation.window_queries(windows, torch.from_numpy(rows))
+    values = evaluation.rank(space.by_embedding(every), queries)
+    result = {name: float(values[name].mean()) for name in SAMPLED}
+    target = pool[np.searchsorted(windows.outputs, windows.index[rows, 3])]
+    return result | {"prediction": float((z_hat - target).square().mean()),
+                     "effective_rank_context": effective_rank(z_hat),
+                     "effective_rank_target": effective_rank(target)}
+
+
+def result_figures(done: evaluation.Evaluation) -> dict:
+    """What result.json takes from an evaluation, flat."""
+    names = (*evaluation.RETRIEVAL, *evaluation.DEMONSTRATIONS, *evaluation.HARD)
+    entries, health = {name: done.metrics[name] for name in names}, done.health
+    result = {name: entry["model"] for name, entry in entries.items()}
+    result |= {name: health[name] for name in ("shuffled_ndcg10_without_out1", "prediction")}
+    for name in ("codes_usage", "codes_perplexity", "codes_ceiling", "codes_n"):
+        result[name] = health["codes"].get(f"{name}_by_occurrence")
+    for role in ("context", "target"):
+        result[f"effective_rank_{role}"] = health[role]["effective_rank"]
+    result |= {name: health["target"][name] for name in ("sigreg_over_null", "sigreg_n")}
+    for name in ("ndcg10_without_out1", "within_task"):
+        result[f"baseline_{name}"] = entries[name]["baselines"].get(best_baseline(entries[name]))
+    result["baselines"] = {row: {name: entry["baselines"][row] for name, entry in entries.items()
+                                 if row in entry["baselines"]} for row in entries["ndcg10"]["baselines"]}
+    result["intervals"] = {name: entry["interval"] for name, entry in entries.items()}
+    return result | {"lead": health["lead"], "validation_windows": done.data["windows"]}
 
 
 # ----------------------------------------------------------------------------------------------------- run

@@ -108,7 +108,8 @@ def short_evaluation(model, untrained, tasks, **options):
 def make_small(evaluates=False):
     if not evaluates:
         harness.run.evaluation.evaluate = short_evaluation
-        harness.run.evaluation.result_figures = dict
+        harness.run.add_health = lambda model, done: done
+        harness.run.result_figures = dict
     lejepa.SIZES["small"] = TOY
     harness.run.eval_interval = lambda cfg: EVAL
     harness.run.LOG_EVERY = 2

@@ -2,8 +2,8 @@
 
 A CPU tensor that meets a GPU tensor raises an error, as on a GPU. Every wait for the device is recorded with
 the functions that led to it: reading a value, a copy that blocks, an operation whose result has as many
-elements as the values say. The arithmetic is that of the CPU, bit for bit. PyTorch's C++ code sees CPU tensors,
-so neither autocast nor torch.compile takes the GPU's path.
+elements as the values say. The arithmetic is that of the CPU, bit for bit. PyTorch's C++ code sees CPU
+tensors, so neither autocast nor torch.compile takes the GPU's path.
 """
 import contextlib
 import traceback
@@ -112,7 +112,12 @@ def move(x: torch.Tensor, *args, **options) -> torch.Tensor:
     return GPUTensor(held) if to_gpu else held
 
 
-plain_to, plain_tensor, plain_generator = torch.Tensor.to, torch.tensor, torch.Generator
+plain_to, plain_tensor = torch.Tensor.to, torch.tensor
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
 
 
 def tensor(value, *, device="cpu", **options) -> torch.Tensor:
@@ -165,7 +170,7 @@ def simulated_cuda():
         with mock.patch.multiple(torch.cuda, **replaced), OnGPU(), \
                 mock.patch.object(torch.Tensor, "to", move), \
                 mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", group), \
-                mock.patch.multiple(torch, tensor=tensor, Generator=lambda device: plain_generator("cpu")):
+                mock.patch.multiple(torch, tensor=tensor, Generator=Generator):
             yield waits
     finally:
         waits.forbidden = False

@@ -845,7 +845,7 @@ def test_boxes_are_turned_as_grids_are():
         rows, columns = np.nonzero(arc_data.turn(grid, symmetry))
         expected = [rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1]
         inputs = [torch.tensor(x).view(1, 1, -1) for x in (box, [0, 0, height, width])]
-        got = arc_data._turn_boxes(*inputs, torch.tensor([[symmetry]]))
+        got = arc_data.turn_boxes(*inputs, torch.tensor([[symmetry]]))
         assert got.shape == (1, 1, 4) and got.flatten().tolist() == expected
 
 

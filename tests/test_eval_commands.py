@@ -108,11 +108,11 @@ def test_evaluations_of_different_data_are_kept_apart(run, tasks):
 
 def test_data_dev_is_the_part_that_the_run_held_out(run, tasks):
     cfg = lejepa.load_run(run / "run")[1]
-    found, shared = commands.read_tasks(cfg, "dev")
-    assert 0 < len(found) < len(tasks) and shared == 0
+    found, trained = commands.read_tasks(cfg, "dev")
+    assert 0 < len(found) < len(tasks) and commands.count_shared(found, trained) == 0
     assert set(found) == set(arc_data.split("tasks", "dev")[1])
-    _, shared = commands.read_tasks(cfg, "tasks")
-    assert shared >= len(tasks) - len(found)  # all that it was trained on
+    every, trained = commands.read_tasks(cfg, "tasks")
+    assert commands.count_shared(every, trained) >= len(tasks) - len(found)  # all that it was trained on
 
 
 def test_what_cannot_be_checked_for_leaks_is_said_and_recorded(run, capsys):
