@@ -359,12 +359,14 @@ def pack(counts) -> tuple[np.ndarray, int]:
     return first, end // SLOTS
 
 def upload(arrays, device) -> list[torch.Tensor]:
-    """int64 arrays as tensors on the device: one transfer, from pinned memory if the device is a GPU."""
-    sizes = [array.size for array in arrays]
+    """int64 arrays as tensors on the device, each at a multiple of 16 bytes, as compiled code wants them: one
+    transfer, from pinned memory if the device is a GPU."""
+    padded = [np.pad(array.ravel(), (0, array.size % 2)) for array in arrays]
+    sizes = [array.size for array in padded]
     host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=torch.device(device).type == "cuda")
-    np.concatenate([array.ravel() for array in arrays], out=host.numpy())
+    np.concatenate(padded, out=host.numpy())
     parts = host.to(device, non_blocking=True).split(sizes)
-    return [part.view(array.shape) for part, array in zip(parts, arrays)]
+    return [part[:array.size].view(array.shape) for part, array in zip(parts, arrays)]
 
 class TokenTable:
     """Tokens of a list of grids, of which any choice can be packed, turned and recoloured.
