@@ -400,6 +400,7 @@ def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
 # --------------------------------------------------------------------------------------------------- splits
 
 
+@pytest.mark.whole
 def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     tasks, held_out, leaks = arc_data.split("arcagi2:training", None)
     assert (len(tasks), len(held_out), len(leaks), len(set(leaks))) == (623, 400, 377, 377)
@@ -409,6 +410,7 @@ def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     assert len(set(leaks) & set(held_out)) == 376                          # one more by its content
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None),
                                             ("arcagi1:training", "dev"),
                                             ("arcagi1:evaluation", "arcagi2:evaluation")])
@@ -420,6 +422,7 @@ def test_training_and_validation_share_no_task_even_up_to_symmetry_and_colour(ar
     assert leaks
 
 
+@pytest.mark.whole
 def test_a_planted_copy_of_a_validation_task_leaves_though_turned_and_recoloured(arc, tmp_path):
     planted = disguised(arc("arcagi1:evaluation")["00576224"])
     other = synthetic_tasks(3, tasks=1)["task00"]

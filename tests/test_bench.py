@@ -110,6 +110,7 @@ def trace_one_step(monkeypatch):
     monkeypatch.setattr(profiling, "TRACED", 1)
 
 
+@pytest.mark.whole
 def test_a_mode_that_fails_and_a_late_compilation_are_failures_and_the_other_rows_stay(monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA out of memory\nmore")
@@ -161,11 +162,10 @@ def test_the_backward_of_a_part_counts_as_that_part(part, monkeypatch):
 
     def slow(x):
         y = forward(x)
-        y.register_hook(lambda grad: time.sleep(0.3))
+        y.register_hook(lambda grad: time.sleep(0.6))
         return y
     owner.forward = slow
-    monkeypatch.setattr(profiling, "WARM", 1)
-    monkeypatch.setattr(profiling, "TRACED", 2)
+    trace_one_step(monkeypatch)
     profiler, rate = profiling.trace_steps(model, optimizers, data, cfg)
     events = profiler.events()
     times = profiling.part_times(events, "cpu")
@@ -199,6 +199,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(words, text, capsys):
     assert end.value.code == 2 and text in message and message.count("\n") == 1
 
 
+@pytest.mark.whole
 def test_bench_prints_its_tables_and_writes_them(tmp_path, monkeypatch, capsys):
     """On small tasks, a small model and small samples; the next test runs the command itself."""
     monkeypatch.setattr(arc_data, "split", lambda *_: (synthetic_tasks(36), {}, []))

@@ -310,6 +310,13 @@ def test_the_harness_has_at_most_2200_lines_in_all():
     assert sum(length(path) for path in sources("harness/*.py")) <= 2200
 
 
+def test_a_slow_test_is_marked_whole_too_so_that_a_quick_run_leaves_it_out():
+    for path in sources("tests/*.py"):
+        lines = path.read_text().splitlines()
+        slow = [number for number, line in enumerate(lines) if line == "@pytest.mark.slow"]
+        assert all(lines[number + 1] == "@pytest.mark.whole" for number in slow), path.name
+
+
 # ---- imports ---------------------------------------------------------------------------------------------
 
 ARROWS = {

@@ -315,6 +315,7 @@ def test_the_order_of_demonstrations_changes_no_baseline(windows, tests):
         torch.testing.assert_close(score(q)[0], score(turned)[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("source, count, published", [("arcagi1:evaluation", 419, (0.882, 0.860)),
                                                       ("arcagi2:evaluation", 167, (0.831, 0.844))])
 def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, count, published):
@@ -341,6 +342,7 @@ def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, cou
 # -------------------------------------------------------------------------------- baselines
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("query, source", PUBLISHED)
 def test_baselines_of_agi_1_evaluation_are_the_published_ones_within_0_005(real, spaces, query, source):
     _, windows = real

@@ -918,6 +918,7 @@ def run_script(script, folder=ROOT, **environment):
     return done.stdout
 
 
+@pytest.mark.whole
 def test_importing_a_module_changes_nothing_in_the_process():
     script = STATE + """
 before = state()
@@ -929,6 +930,7 @@ print(*changed(before[0], state()[0]))
     assert run_script(script).split() == []
 
 
+@pytest.mark.whole
 def test_importing_lejepa_needs_torch_numpy_and_safetensors_and_nothing_else():
     script = """
 import sys, numpy, safetensors, torch, torch.profiler, torch.nn.functional
@@ -1014,6 +1016,7 @@ def test_a_fingerprint_changes_with_any_bit_and_not_with_names_or_order():
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_60_steps_of_every_quantizer_and_objective_give_the_recorded_bits():
     command = [sys.executable, str(ROOT / "tests" / "fingerprint.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
