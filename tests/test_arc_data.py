@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_data
 from arc_data import Task, TaskSet, TokenTable
+from harness import checkpoint
 
 WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612,
            "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
@@ -342,18 +343,11 @@ def test_a_path_that_exists_is_taken_whole_though_it_has_a_comma_or_a_plus(tmp_p
     assert list(arc_data.load_tasks(str(path))) == ["t"]
 
 
-def test_missing_test_outputs_are_counted_in_a_line(tmp_path):
-    path, outputs = challenges(tmp_path)
-    line = arc_data.count_missing(arc_data.load_tasks(str(path)))
-    assert line.startswith("4 test pairs have no output") and "\n" not in line
-    assert arc_data.count_missing(synthetic_tasks(0)) == ""
-
-
 def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_output_alone():
     tasks = synthetic_tasks(0, tasks=3)
-    expected = arc_data.tasks_digest(tasks)
+    expected = checkpoint.tasks_digest(tasks)
     assert re.fullmatch("[0-9a-f]{64}", expected)
-    assert arc_data.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
+    assert checkpoint.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
     first = tasks["task00"]
     given, output = first.train[0]
     cell = given.copy()
@@ -365,7 +359,7 @@ def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_outp
                Task(first.train + first.test, []), Task(first.train, first.test * 2)]
     others = [tasks | {"task00": task} for task in changes]
     others += [dict(reversed(tasks.items())), {i + "x": task for i, task in tasks.items()}]
-    assert len({expected, *map(arc_data.tasks_digest, others)}) == len(others) + 1
+    assert len({expected, *map(checkpoint.tasks_digest, others)}) == len(others) + 1
 
 
 def test_what_real_files_hold_is_accepted(place):

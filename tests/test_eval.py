@@ -869,9 +869,10 @@ def test_the_best_baseline_without_learning_leaves_the_trained_weights_out(done,
 
 def test_the_figures_of_a_sample_of_all_windows_are_the_full_ones(windows, done):
     model, result = Toy(), run.result_figures(done)
-    sample = run.evaluate_sample(model, windows, limit=10**6)
+    pool = model.embed([windows.grids[i] for i in windows.outputs])
+    sample = run.evaluate_sample(model, windows, pool, limit=10**6)
     assert {name: pytest.approx(result[name], rel=1e-5) for name in sample} == sample
-    some = run.evaluate_sample(model, windows, limit=20, seed=5)
+    some = run.evaluate_sample(model, windows, pool, limit=20, seed=5)
     chosen = np.sort(np.random.default_rng(5).permutation(len(windows.task))[:20])
     for name in ("within_task", "r1"):
         assert some[name] == pytest.approx(done.values[name][0][chosen].mean())

@@ -129,7 +129,8 @@ def test_training_tasks_are_evaluated_though_the_first_hundred_have_one_pair_eac
     good = synthetic_tasks(4, tasks=6)
     single = {f"single{i}": arc_data.Task(task.train[:1], [])
               for i, task in enumerate(synthetic_tasks(5, tasks=100).values())}
-    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0}
+    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0,
+             "tasks_sha256": ""}
     cfg = lejepa.resolve_defaults(lejepa.Config(run=str(tmp_path), size="small", device="cpu"))
     log = harness.run.RunLog(cfg, None, [], single | good, good, 0, state, 0.0)
     log.close()
@@ -183,7 +184,7 @@ def test_ctrl_c_during_the_imports_prints_nothing_and_leaves_with_130(tmp_path, 
 @pytest.mark.whole
 def test_arc_data_prints_the_counts():
     text = python("arc_data.py").stdout
-    for count in (6128, 6612, 15350, 1912, 377, 623):
+    for count in (6128, 6612, 15350, 1912):
         assert re.search(rf"\b{count}\b", text.replace(",", "")), count
 
 
