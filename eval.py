@@ -294,8 +294,7 @@ def baseline_spaces(untrained, grids: list, outputs: np.ndarray, codes: list) ->
     if codes[0][0].shape[1]:  # the model has codes
         spaces["bag of codes"] = Space(outputs, symbol_bag(codes, boxes=False))
         spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
-    z = untrained.embed(grids).float().cpu()
-    return spaces | {"untrained": Space(outputs, z, measure=euclidean)}
+    return spaces | {"untrained": Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)}
 # -------------------------------------------------------------------------------------- 5 pairs and probes
 FOLDS = 10
 NEIGHBOURS, WARMTH = 20, 0.07             # k-NN: cosine, weights exp(s / 0.07)

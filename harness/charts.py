@@ -25,7 +25,8 @@ RECORDED = {  # the `production` run of arc-jepa-rl (2025-12): InfoNCE, VQ codeb
     "step": (100, 1000, 3000, 5000, 7600), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336),
     "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
     "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34)}
-LEARNED = (", trained", "bag of codes", "codes with boxes", "z of the answer")  # ends of the baselines that use trained weights
+# Ends of the baselines that use trained weights.
+LEARNED = (", trained", "bag of codes", "codes with boxes", "z of the answer")
 KINDS = {  # of rows in a bar chart, and their colours
     "the model": "#2563eb", "trained embedding or codes, no predictor": "#93c5fd",
     "untrained network": "#fdba74", "raw cells, features, chance": "#cbd5e1"}

@@ -125,7 +125,8 @@ def evaluate_run(args):
     decoded = {}
     if trained:
         say("training a decoder of frozen z")
-        decoded = decoder.decode(model, arc_data.make_windows(trained).grids, done.windows, done.z, done.z_hat)
+        grids = arc_data.make_windows(trained).grids
+        decoded = decoder.decode(model, grids, done.windows, done.z, done.z_hat)
         done.metrics.update(decoder.decoded_metrics(decoded, done.windows.task))
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))

@@ -291,7 +291,8 @@ def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict,
               "Decoded from z, every row": every_row(done.metrics, tuple(METRICS) if decoded else ()),
               "Health and probes": [["figure", "value"], *flat(done.health | {"lead": {}})]}
     return write_page(
-        Path(folder) / "report.html", decoded=drawn(done, decoded or {}), title=f"{facts['run']} on {done.data['source']}", runs=None,
+        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
+        decoded=drawn(done, decoded or {}),
         facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
         retrieval=plot_bars({name: entries[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
         pairs=plot_bars({name: entries[name] for name in pairwise}), health=health_figures(done, codes, ids),

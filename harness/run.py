@@ -247,7 +247,8 @@ class RunLog:
         left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
         print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}"
               f"  prediction {values['prediction']:.4f}  sigreg z {values['sigreg_z']:.3f}"
-              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
+              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s"
+              f"  {left / 60:.1f} min left",
               flush=True)
         if figures:
             shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
