@@ -3,8 +3,8 @@
     D width of z   n grids   H hidden width
 
 It is no part of the method. It is trained on grids of the training tasks, each as it is and once more turned
-and recoloured, and read on unseen tasks: from z of the answer, from z_hat, and beside both the given grid taken
-as the answer.
+and recoloured, and read on unseen tasks: from z of the answer, from z_hat, and beside both the given grid
+taken as the answer.
 """
 from typing import NamedTuple
 
