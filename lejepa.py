@@ -8,9 +8,9 @@
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg(y) measures how far the numbers behind the codes are from N(0, I); all codes are equally likely there.
-SIGReg(z) spreads the embeddings: each repels its close neighbours among those of this and the last few
-batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluation uses averaged weights.
+SIGReg(y) measures how far the numbers behind the codes are from N(0, I), where all codes are equally likely.
+SIGReg(z) spreads the targets over the sphere: each repels its close neighbours among those of the last few
+batches. There is no teacher, no stop-gradient on the target and no codebook. Averaged weights are evaluated.
 
     B windows in a batch   G grids in a batch   K demonstrations   U distinct shapes   R rows of L token slots
     W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
@@ -20,7 +20,7 @@ batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluati
     python lejepa.py --run runs/NAME --resume   continue a run with its flags, or with more --steps
     python lejepa.py --profile                  the training step under the profiler
 
-RESULT_LINES The method without the harness:
+The default run takes minutes on two CPU cores; README.md has its results. The method without the harness:
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
@@ -109,8 +109,7 @@ class Config:
 
 def resolve_defaults(cfg: Config) -> Config:
     """The Config for this machine: every None but `validate` and `run` is replaced."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if cfg.device == "auto" else cfg.device
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     size = cfg.size or ("base" if device == "cuda" else "small")
     defaults = SIZES[size]._asdict() | {"compile": device == "cuda"}
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
@@ -119,7 +118,7 @@ def resolve_defaults(cfg: Config) -> Config:
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
-LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
+LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -137,8 +136,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
                          f"not {tuple(z.shape)} and {tuple(directions.shape)}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
-        views = z.view(-1, *z.shape[-2:])                                      # (V, N, D)
-        x = directions.to(z.dtype).T @ views.transpose(1, 2)                   # (V, M, N)
+        x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)               # (V, M, N)
         t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 both are 1
         phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
         weight = 2 * DT * phi
@@ -160,11 +158,11 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
     repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside, or the
     denominator of InfoNCE for targets instead of predictions.
     """
-    t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
+    place = torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
     unused = (place >= len(z) + filled) | (place == place[:len(z), None])      # empty rows, and i itself
-    kernel = (-t2 / 2 * squared).masked_fill(unused, -math.inf)
-    return 2 + 2 / t2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
+    kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -math.inf)
+    return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
 class EppsPulley(torch.autograd.Function):
@@ -202,8 +200,7 @@ class EppsPulley(torch.autograd.Function):
         return dx, None, None, None
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Rows of x in a chunk: as many as fit in a CPU's cache; all of them on a GPU."""
+def chunk_rows(x: Tensor) -> int:                      # as many as fit in a CPU's cache; all of them on a GPU
     return len(x) if x.is_cuda else max(1, (1 << 18) // x.shape[1])
 
 
@@ -230,8 +227,7 @@ def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
     """(dim, count) unit columns, a function of seed and step alone on each kind of device."""
-    stream = (cfg.seed * 1_000_003 + step) ^ (dim << 40)                       # one stream for each dimension
-    generator = torch.Generator(cfg.device).manual_seed(stream)
+    generator = torch.Generator(cfg.device).manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))
     return F.normalize(torch.randn(dim, count, generator=generator, device=cfg.device), dim=0)
 
 
@@ -262,8 +258,7 @@ class LeJEPALoss(nn.Module):
             self.filled.add_(len(targets)).clamp_(max=len(self.memory))
         return value
 
-    def readout(self, z: Tensor) -> Tensor:
-        """The embedding that evaluation compares, by Euclidean distance."""
+    def readout(self, z: Tensor) -> Tensor:            # what evaluation compares, by Euclidean distance
         return z
 
 # ------------------------------------------------------------------------------------------------- 3 Model
