@@ -733,9 +733,10 @@ class InfoNCE(nn.Module):
     def __init__(self, model, cfg: Config):
         super().__init__()
         self.target = copy.deepcopy(model.encoder).requires_grad_(False)
+        self.target.NESTED = 0.0                       # targets have all codes and no dropout noise
         for part in self.target.modules():
             if isinstance(part, nn.Dropout):
-                part.p = 0.0                           # targets have no dropout noise
+                part.p = 0.0
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
         self.register_buffer("queue", torch.zeros(self.QUEUE, model.encoder.projector[-1].out_features))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))

@@ -55,6 +55,7 @@ def test_the_plain_sigreg_of_the_tables_is_the_same_statistic():
 def test_the_fast_step_equals_the_naive_one_over_20_steps(monkeypatch):
     """Step by step from the same weights, within fp32 rounding, which in time moves a code over its edge."""
     monkeypatch.setattr(lejepa, "DROPOUT", 0.0)        # drawn by layout, it would tell two layouts apart
+    monkeypatch.setattr(lejepa.Encoder, "NESTED", 0.0)
     data = TaskSet(synthetic_tasks(31))
     cfg, fast, optimizers = setting()
     naive, alone = copy.deepcopy(fast), copy.deepcopy(fast)
@@ -74,8 +75,10 @@ def test_the_fast_step_equals_the_naive_one_over_20_steps(monkeypatch):
 def test_a_naive_batch_has_a_window_a_task_and_a_padded_row_a_grid():
     data = TaskSet(synthetic_tasks(32))
     batch = bench.draw_naive(data, 40, 0, 3)
-    assert batch.index.shape == (40, 4) and batch.grids.object_id.shape == (160, bench.SLOTS)
-    assert [sorted(row) for row in batch.index.tolist()] == np.arange(160).reshape(40, 4).tolist()
+    assert batch.index.shape == (40, 6) and batch.grids.object_id.shape == (160, bench.SLOTS)
+    assert batch.shown.tolist() == [[True, False]] * 40    # of the two pairs of a task, one is given
+    used = batch.index[:, [0, 1, 4, 5]].sort(1).values
+    assert used.tolist() == np.arange(160).reshape(40, 4).tolist()
     assert batch.grids.object_id.flatten().tolist() == list(range(160 * bench.SLOTS)) and data.pairs == 3
     assert (batch.grids.grid[torch.arange(160), 0] == torch.arange(160)).all()
 
@@ -160,8 +163,8 @@ def test_the_backward_of_a_part_counts_as_that_part(part, monkeypatch):
     owner = model.encoder.objects if part == "code" else model.predictor
     forward = owner.forward
 
-    def slow(x):
-        y = forward(x)
+    def slow(*inputs):
+        y = forward(*inputs)
         y.register_hook(lambda grad: time.sleep(0.6))
         return y
     owner.forward = slow
