@@ -8,13 +8,12 @@ under any of the 8 symmetries and any permutation of the 10 colours.
     B windows in a batch    G grids    U distinct objects in a batch    R rows of L token slots
     K objects of a grid     n tokens   S distinct shapes
 
-    python arc_data.py [SOURCE ...]     counts of sources; without SOURCE, of those of ARC and of its splits
+    python arc_data.py [SOURCE ...]     counts of sources; without SOURCE, of those of ARC
 """
 import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +41,8 @@ def load_tasks(source: str) -> dict[str, Task]:
     A task is {"train": [pair, ...], "test": [pair, ...]}, a pair {"input": grid, "output": grid}, a grid 1 to
     30 rows of 1 to 30 integers 0-9. A test output may be missing or null; other keys are ignored. All else
     raises ValueError, one line that names file, task, pair and side."""
-    source = str(source)
     tasks = {}
-    for part in [source] if os.path.exists(source) else source.split(","):
+    for part in [str(source)] if os.path.exists(source) else str(source).split(","):
         try:
             for where, task_id, task in _read_source(part.strip()):
                 need(task_id not in tasks, f"{where}: an earlier source has a task {printable(task_id)}")
@@ -96,21 +94,17 @@ def _add_outputs(tasks, path):
                 need(pair.get("output") in (None, output), "the pair has another output")
                 pair["output"] = output
         except (AttributeError, KeyError, TypeError, ValueError):
-            where = f"{printable(path)}, task {printable(task_id)}"
-            raise ValueError(f"{where}: needs its test outputs") from None
+            raise ValueError(f"{printable(path)}: not the outputs of task {printable(task_id)}") from None
 
 def _read_json(path):
     """The value in a JSON file: a regular file of at most LARGEST bytes, with no key twice in one object."""
     need(path.is_file(), f"{printable(path)}: {'not a regular file' if path.exists() else 'no such file'}")
-    with open(path, "rb") as file:
-        content = file.read(LARGEST + 1)
-    need(len(content) <= LARGEST, f"{printable(path)}: larger than {LARGEST >> 20} MB; cut it into several")
+    need(path.stat().st_size <= LARGEST, f"{printable(path)}: larger than {LARGEST >> 20} MB; cut it up")
     def unique(items):
-        twice = [printable(key) for key, times in Counter(key for key, _ in items).items() if times > 1]
-        need(not twice, f"one object has a key twice: {', '.join(twice[:3])}")
+        need(len(dict(items)) == len(items), f"a key twice in {printable([key for key, _ in items])}")
         return dict(items)
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(path)}: not readable as JSON in UTF-8: {error}") from None
 
@@ -174,14 +168,6 @@ def unique_grids(grids) -> tuple[list[np.ndarray], list[int]]:
 def pairs_of(task: Task) -> list:
     """Complete pairs of a task: those that have an output, train pairs first."""
     return [pair for pair in [*task.train, *task.test] if pair[1] is not None]
-
-def count_missing(tasks: dict[str, Task]) -> str:
-    """A line that counts the test pairs without output; empty if there are none."""
-    missing = sum(output is None for task in tasks.values() for _, output in task.test)
-    return f"{missing} test pairs have no output and are in no window" if missing else ""
-
-def tasks_digest(tasks: dict[str, Task]) -> str:        # SHA-256 over ids and cells, in order
-    return hashlib.sha256(json.dumps(list(tasks.items()), default=np.ndarray.tolist).encode()).hexdigest()
 # -------------------------------------------------------------------------------------------------- splits
 def turn(grid, symmetry: int):
     """One of the 8 symmetries of the square: bit 0 transposes, then bit 1 flips rows, bit 2 columns."""
@@ -194,7 +180,7 @@ def canonical_pair(pair) -> bytes:
     for symmetry in range(8):
         sides = [turn(side, symmetry) for side in pair]
         cells = b"".join(side.astype(np.uint8).tobytes() for side in sides)
-        colours = bytes(sorted(set(cells), key=cells.index))                   # in order of appearance
+        colours = bytes(dict.fromkeys(cells))                                  # in order of appearance
         names = bytes.maketrans(colours, bytes(range(len(colours))))
         forms.append(bytes(sides[0].shape + sides[1].shape) + cells.translate(names))
     return min(forms)
@@ -235,25 +221,26 @@ class Windows(NamedTuple):
     task: np.ndarray       # (windows,)   task number
     task_ids: list
     outputs: np.ndarray    # positions in grids of the distinct outputs
+    pairs: list            # of each task: (pairs, 2) its complete pairs as positions in grids
     capped: int            # windows left out, of tasks with too many
 
 def make_windows(tasks: dict[str, Task], most: int = 1000, seed: int = 0) -> Windows:
     """Windows (in1, out1, in2) -> out2: all ordered choices of two pairs of a task, or a sample of `most`."""
-    found = {}                                          # content: position, grid
-    pairs = [[[found.setdefault((side.shape, side.tobytes()), (len(found), side))[0] for side in pair]
-              for pair in pairs_of(task)] for task in tasks.values()]
-    windows = []
+    groups = [pairs_of(task) for task in tasks.values()]
+    grids, place = unique_grids([side for group in groups for pair in group for side in pair])
+    place = np.array(place, dtype=np.int64).reshape(-1, 2)
+    pairs = np.split(place, np.cumsum([len(group) for group in groups], dtype=int)[:-1])
+    tables, capped = [np.empty((0, 5), dtype=np.int64)], 0
     for number, rows in enumerate(pairs):
-        others = len(rows) - 1
-        choices = range(len(rows) * others)             # first * others + second, counted without the first
-        if len(choices) > most:                         # the choices are never listed
-            choices = np.random.default_rng([seed, number]).choice(len(choices), most, replace=False).tolist()
-        for first, second in (divmod(choice, others) for choice in choices):
-            windows.append([number, *rows[first], *rows[second + (second >= first)]])
-    task, *index = np.array(windows, dtype=np.int64).reshape(-1, 5).T
-    outputs = np.unique([output for rows in pairs for _, output in rows])
-    return Windows([grid for _, grid in found.values()], np.stack(index, 1), task, list(tasks), outputs,
-                   sum(len(rows) * (len(rows) - 1) for rows in pairs) - len(windows))
+        total = len(rows) * (len(rows) - 1)             # the choices of a large task are never listed
+        random = np.random.default_rng([seed, number])
+        choices = np.arange(total) if total <= most else random.choice(total, most, replace=False)
+        first, second = np.divmod(choices, len(rows) - 1)
+        second += second >= first                       # it is counted without the first
+        tables.append(np.column_stack([np.full(len(choices), number), rows[first], rows[second]]))
+        capped += total - len(choices)
+    table = np.concatenate(tables)
+    return Windows(grids, table[:, 1:], table[:, 0], list(tasks), np.unique(place[:, 1]), pairs, capped)
 # ------------------------------------------------------------------------------------------- object tokens
 def pad(grids, outside: int = PAD) -> np.ndarray:
     """(G, 30, 30) int8, each grid in the top left corner."""
@@ -312,18 +299,17 @@ def tokenise(grids, objects: int = OBJECTS) -> Tokens:
     row, column = (place - np.repeat(corner, area, 0)).T
     bits = np.zeros((len(roots), SIDE * SIDE), dtype=bool)
     bits[np.repeat(np.arange(len(roots)), area), row * SIDE + column] = True
-    found = np.bincount(roots // SIDE ** 2, minlength=len(grids))              # objects of each grid
-    kept = np.minimum(found, objects)
-    order = np.lexsort((-area, roots // SIDE ** 2))     # grid after grid, the largest objects first
-    order = order[_places(found) < objects]
-    first = np.cumsum(kept) - kept                      # each whole grid is inserted before its objects
-    colour = np.insert(cells.ravel()[roots[order]].astype(int), first, background)
-    box = np.insert(box[order], first, [[0, 0, *grid.shape] for grid in grids], 0)
-    area = np.insert(area[order], first, solid.sum((1, 2)))
-    bits = np.insert(np.packbits(bits, 1)[order], first, np.packbits(solid.reshape(-1, SIDE * SIDE), 1), 0)
-    rows, shape = _distinct_rows(np.hstack([bits, box[:, 2:].astype(np.uint8)]))
-    start = np.append(first, len(order)) + np.arange(len(grids) + 1)
-    return Tokens(colour, box, area, shape, rows[:, :BYTES], rows[:, BYTES:].astype(int), start, found - kept)
+    owner = np.append(np.arange(len(grids)), roots // SIDE ** 2)               # whole grids, then objects
+    colour = np.append(background, cells.ravel()[roots])
+    box = np.vstack([[[0, 0, *grid.shape] for grid in grids], box])
+    area = np.append(solid.sum((1, 2)), area)
+    bits = np.packbits(np.vstack([solid.reshape(-1, SIDE * SIDE), bits]), 1)
+    found = np.bincount(owner)                          # tokens of each grid: itself, the largest objects
+    kept = np.minimum(found, objects + 1)
+    order = np.lexsort((-area, np.arange(len(owner)) >= len(grids), owner))[_places(found) <= objects]
+    rows, shape = _distinct_rows(np.hstack([bits, box[:, 2:].astype(np.uint8)])[order])
+    return Tokens(colour[order], box[order], area[order], shape, rows[:, :BYTES], rows[:, BYTES:].astype(int),
+                  np.append(0, np.cumsum(kept)), found - kept)
 
 def _places(counts):                                    # 0, 1, ... in each of several groups in a row
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -336,7 +322,6 @@ class Grids(NamedTuple):
     """G grids as tokens in R rows of L slots, and the U distinct shapes that these tokens show.
     Attention stays inside (row, grid). An empty slot has grid = G."""
     bits: torch.Tensor           # (U, BYTES) uint8 packed bitmaps of the distinct shapes
-    whole: torch.Tensor          # (U,)       bool: the shape of a whole grid, not of an object
     object_id: torch.Tensor      # (R, L)     int64: which distinct shape
     colour: torch.Tensor         # (R, L)     int64
     box: torch.Tensor            # (R, L, 4)  int64: top, left, height, width
@@ -359,20 +344,20 @@ def pack(counts) -> tuple[np.ndarray, int]:
     return first, end // SLOTS
 
 def upload(arrays, device) -> list[torch.Tensor]:
-    """int64 arrays as tensors on the device: one transfer, from pinned memory if the device is a GPU."""
-    sizes = [array.size for array in arrays]
+    """int64 arrays as tensors on the device, each at a multiple of 16 bytes, as compiled code wants them: one
+    transfer, from pinned memory if the device is a GPU."""
+    padded = [np.pad(array.ravel(), (0, array.size % 2)) for array in arrays]
+    sizes = [array.size for array in padded]
     host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=torch.device(device).type == "cuda")
-    np.concatenate([array.ravel() for array in arrays], out=host.numpy())
+    np.concatenate(padded, out=host.numpy())
     parts = host.to(device, non_blocking=True).split(sizes)
-    return [part.view(array.shape) for part, array in zip(parts, arrays)]
+    return [part[:array.size].view(array.shape) for part, array in zip(parts, arrays)]
 
 class TokenTable:
     """Tokens of a list of grids, of which any choice can be packed, turned and recoloured.
     The host works out which token fills each slot; bitmaps and boxes are on the device."""
     def __init__(self, grids, device="cpu", turned: bool = True):
-        self.tokens = tokenise(grids)
-        self.cut = self.tokens.cut
-        self.device = device
+        self.tokens, self.device = tokenise(grids), device
         bits = np.unpackbits(self.tokens.bitmaps, axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE)
         shapes = [image[:height, :width] for image, (height, width) in zip(bits, self.tokens.extent)]
         rows = [np.packbits(pad([turn(shape, i) for shape in shapes], 0).reshape(-1, SIDE * SIDE), 1)
@@ -396,7 +381,7 @@ class TokenTable:
         token = start[owner] + place
         shape = self.turned[0 if symmetry is None else symmetry[owner], self.tokens.shape[token]]
         colour = self.tokens.colour[token] if colours is None else colours[owner, self.tokens.colour[token]]
-        distinct, object_id = np.unique(shape * 2 + (place == 0), return_inverse=True)
+        distinct, object_id = np.unique(shape, return_inverse=True)
         slots = np.zeros((4, rows, SLOTS), dtype=np.int64)
         slots[3] = len(chosen)
         slots.reshape(4, -1)[:, first[owner] + place] = object_id, token, colour, owner
@@ -407,12 +392,11 @@ class TokenTable:
         box = self.box[token]                                                  # (R, L, 4)
         if symmetry is not None:
             some = grid.clamp(max=len(first) - 1)                              # an empty slot takes any grid
-            box = _turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
+            box = turn_boxes(box, box.flatten(0, 1)[first][some], symmetry[some])
             box = box.masked_fill((grid == len(first))[..., None], 0)
-        whole = distinct % 2 == 1
-        return Grids(self.bitmaps[distinct // 2], whole, object_id, colour, box, grid, first, count)
+        return Grids(self.bitmaps[distinct], object_id, colour, box, grid, first, count)
 
-def _turn_boxes(box, whole, symmetry):
+def turn_boxes(box, whole, symmetry):
     """Boxes (R, L, 4) inside grids with boxes `whole`, turned by `symmetry` (R, L) as `turn` turns a grid."""
     def transpose(x):                                   # by a flip: an index that is a list would block a GPU
         return torch.where((symmetry & 1).bool()[..., None], x.view(-1, 2, 2).flip(2).view(x.shape), x)
@@ -480,13 +464,10 @@ class TaskSet:
 def main():
     for source in sys.argv[1:] or SOURCES:
         tasks = load_tasks(source)
-        cut = tokenise(make_windows(tasks).grids).cut
-        sizes = [len(pairs_of(task)) for task in tasks.values()]
-        print(f"{printable(source)}: {len(tasks)} tasks, {sum(sizes)} pairs, {sum(n * n - n for n in sizes)} "
-              f"windows; {(cut == 0).mean():.1%} of {len(cut)} grids are drawn again. {count_missing(tasks)}")
-    for validate in (REPORTED, "dev", "arcagi2:evaluation") if len(sys.argv) == 1 else ():
-        counts = [len(part) for part in split("arcagi2:training", validate)]
-        print(f"--validate {validate}: {counts[0]} training, {counts[1]} validation tasks, {counts[2]} leaks")
+        windows = make_windows(tasks)
+        missing = sum(output is None for task in tasks.values() for _, output in task.test)
+        print(f"{printable(source)}: {len(tasks)} tasks, {sum(map(len, windows.pairs))} pairs, "
+              f"{len(windows.task) + windows.capped} windows; {missing} test pairs have no output")
 
 if __name__ == "__main__":
     try:

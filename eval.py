@@ -8,9 +8,8 @@
 A query stands for the unknown output of a given grid, after one or more demonstrations of its task. The pool
 is every distinct output of the tasks, ranked by its nearness to the query. The model's query is z_hat. A
 baseline's query is a copy of a grid, or the analogy given + out - in (the mean over the demonstrations), in
-an embedding that was not trained for it. Model and baselines share the queries, the pool and the treatment of
-ties. Metrics of pairs (which task does a pair belong to, which properties does it have) read (z_in, z_out,
-z_out - z_in).
+an embedding that was not trained for it. Model and baselines share queries, pool and treatment of ties.
+Metrics of pairs (the task that a pair belongs to, its properties) read (z_in, z_out, z_out - z_in).
 
     W windows   P distinct outputs: the pool   G distinct grids   H hard negatives   T tasks   D width of z
     n rows      k demonstrations               d width of any embedding       L labelings of pairs   C classes
@@ -22,7 +21,6 @@ if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them at once
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.stats import kurtosis, skew
+from scipy.stats import mode
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
@@ -40,7 +38,7 @@ from torch import Tensor
 
 import arc_data
 from arc_data import Windows
-from lejepa import CODE_SIZE, SIGREG_NULL, sigreg
+from lejepa import CODE_SIZE
 
 RETRIEVAL = ("ndcg10", "r1", "mrr", "ndcg10_without_out1", "within_task")
 DEMONSTRATIONS = {"all_demonstrations": "ndcg10_without_out1", "all_demonstrations_r1": "r1_without_out1"}
@@ -49,15 +47,9 @@ PAIRWISE = ("task_1nn", "probe_linear", "probe_knn", "probe_vote")
 METRICS = (*RETRIEVAL, *DEMONSTRATIONS, *HARD, *PAIRWISE)  # of eval.json
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task", "all_demonstrations")  # those of the model's lead
 QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}  # weights of in, out, given
-LEARNED = (", trained", "bag of codes", "codes with boxes")  # ends of the baselines that use trained weights
-SAMPLE = 4096   # windows behind an effective rank
-SIGREG_N = 192  # size of a sample that SIGReg is measured on: a step of the default run
-CHUNK = 1024    # queries ranked at once: CHUNK x P scores in memory
-TIE = 1e-5      # scores nearer than this are equal; rounding in fp32 stays ten times below it
-
-# -------------------------------------------------------------------------------- 1 ranks
-
-
+CHUNK = 1024   # queries ranked at once: CHUNK x P scores in memory
+TIE = 1e-5     # scores nearer than this are equal; rounding in fp32 stays ten times below it
+# ------------------------------------------------------------------------------------------------- 1 ranks
 class Queries(NamedTuple):
     """A chunk of queries with equally many demonstrations."""
     number: Tensor             # (n,) place among all queries
@@ -68,54 +60,41 @@ class Queries(NamedTuple):
     members: Tensor            # (T, P) bool: the distinct outputs of each task
     own: Tensor | None = None  # (n, 4) hard negatives of each query in the grids; -1 where there is none
 
-
-# scores (n, P), and how near each other two scores of a row are equal
-Score = Callable[[Queries], tuple[Tensor, Tensor | float]]
-
-
-def pool_columns(windows: Windows) -> Tensor:
-    """(G,) the column of each grid in the pool; -1 for a grid that is no output."""
-    column = torch.full((len(windows.grids),), -1)
+def make_queries(number: Tensor, table: Tensor, windows: Windows, own: Tensor | None = None) -> list[Queries]:
+    """Chunks of a table (n, 2 k + 3): the context, the target (positions in the grids) and the task."""
+    column = torch.full((len(windows.grids),), -1)  # of each grid in the pool; -1 for one that is no output
     column[windows.outputs] = torch.arange(len(windows.outputs))
-    return column
-
+    members = torch.zeros(len(windows.task_ids), len(windows.outputs), dtype=torch.bool)
+    members[torch.from_numpy(windows.task)[:, None], column[windows.index[:, 1::2]]] = True
+    chunks = []
+    for i, rows in zip(number.split(CHUNK), table.split(CHUNK)):
+        context, target, task = rows[:, :-2], rows[:, -2], rows[:, -1]
+        extra = None if own is None else own[i]
+        chunks.append(Queries(i, context, column[context[:, 1::2]], column[target], task, members, extra))
+    return chunks
 
 def window_queries(windows: Windows, rows: Tensor | None = None, own: Tensor | None = None) -> list[Queries]:
     """The windows (n,) named by `rows`, all by default, as queries with one demonstration."""
-    index, task = torch.from_numpy(windows.index), torch.from_numpy(windows.task)
-    column = pool_columns(windows)[index]  # (W, 4)
-    members = torch.zeros(len(windows.task_ids), len(windows.outputs), dtype=torch.bool)
-    members[task, column[:, 1]] = members[task, column[:, 3]] = True
-    chunks = []
-    for i in (torch.arange(len(index)) if rows is None else rows).split(CHUNK):
-        extra = None if own is None else own[i]
-        chunks.append(Queries(i, index[i, :3], column[i, 1:2], column[i, 3], task[i], members, extra))
-    return chunks
-
+    table = torch.from_numpy(np.column_stack([windows.index, windows.task]))
+    rows = torch.arange(len(table)) if rows is None else rows
+    return make_queries(rows, table[rows], windows, own)
 
 def demonstration_queries(tasks: dict, windows: Windows) -> list[Queries]:
     """Every test pair with an output, after all train pairs of its task; a chunk has one number of them."""
-    place = {(grid.shape, grid.tobytes()): i for i, grid in enumerate(windows.grids)}
-    rows = defaultdict(list)
-    for number, task in enumerate(tasks.values()):
-        shown = [place[grid.shape, grid.tobytes()] for pair in task.train for grid in pair]
-        for pair in task.test:
-            if pair[1] is not None:
-                tested = [place[grid.shape, grid.tobytes()] for grid in pair]
-                rows[len(shown)].append([*shown, *tested, number])
-    column, chunks, count = pool_columns(windows), [], 0
-    members = torch.zeros(len(tasks), len(windows.outputs), dtype=torch.bool)
-    for table in map(torch.tensor, rows.values()):
-        context, target, task = table[:, :-2], column[table[:, -2]], table[:, -1]
-        number = torch.arange(count, count := count + len(table))
-        chunks.append(Queries(number, context, column[context[:, 1::2]], target, task, members))
+    rows, chunks = [], []
+    for number, (task, pairs) in enumerate(zip(tasks.values(), windows.pairs)):
+        shown, tested = np.split(pairs, [len(task.train)])
+        rows += [[*shown.flat, *pair, number] for pair in tested]
+    for length in dict.fromkeys(map(len, rows)):
+        table = torch.tensor([row for row in rows if len(row) == length])
+        first = sum(len(chunk.number) for chunk in chunks)
+        chunks += make_queries(torch.arange(first, first + len(table)), table, windows)
     return chunks
 
-
-def rank(score: Score, queries: list[Queries], temperature: float | None = None) -> dict[str, np.ndarray]:
+def rank(score: Callable, queries: list[Queries], temperature: float | None = None) -> dict[str, np.ndarray]:
     """Every retrieval metric of every query: metric -> (number of queries,).
 
-    score        gives (n, P), or (n, P + 4) with the hard negatives last, which adds the metrics of HARD
+    score        gives the scores of a chunk, (n, P) or with hard negatives (n, P + 4), and the width of a tie
     temperature  adds nats: the cross-entropy of the target under softmax(scores / temperature)
 
     A metric is its mean over the orders of the grids that tie. 'Without out1': the demonstrations' outputs
@@ -125,39 +104,35 @@ def rank(score: Score, queries: list[Queries], temperature: float | None = None)
     parts = [rank_chunk(*score(chunk), chunk, temperature) for chunk in queries]
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in (parts[0] if parts else ())}
 
-
 def rank_chunk(scores: Tensor, tie, q: Queries, temperature: float | None) -> dict[str, Tensor]:
     rows, pool, result = torch.arange(len(scores)), q.members.shape[1], {}
-    margin = scores - scores[rows, q.target, None]  # (n, P + 4)
+    margin = scores - scores[rows, q.target, None]  # (n, P + 4); what leaves the pool gets -inf
     if q.own is not None:
         margin[:, pool:][q.own < 0] = -math.inf
-        hard = rank_metrics((margin > tie).sum(1), (margin.abs() <= tie).sum(1))
+        hard = rank_metrics(margin, tie)
         result, margin = {name: hard[name.removeprefix("hard_")] for name in HARD}, margin[:, :pool]
     if temperature is not None:
         result["nats"] = torch.logsumexp(margin / temperature, 1).double()
-    above, tied, rivals = margin > tie, margin.abs() <= tie, q.members[q.task]
-    rivals[rows[:, None], q.shown] = rivals[rows, q.target] = False
-    result["within_task"] = (~(rivals & (above | tied)).any(1)).double()
-    result |= rank_metrics(above.sum(1), tied.sum(1))
-    for counted in (above, tied):
-        counted[rows[:, None], q.shown] &= q.shown == q.target[:, None]
-    without = rank_metrics(above.sum(1), tied.sum(1))
-    return result | {f"{name}_without_out1": value for name, value in without.items()}
+    result |= rank_metrics(margin, tie)
+    margin[rows[:, None], q.shown] = -math.inf
+    margin[rows, q.target] = 0
+    result |= {f"{name}_without_out1": value for name, value in rank_metrics(margin, tie).items()}
+    margin[rows, q.target] = -math.inf
+    return result | {"within_task": (~(q.members[q.task] & (margin >= -tie)).any(1)).double()}
 
-
-def rank_metrics(above: Tensor, tied: Tensor) -> dict[str, Tensor]:
+def rank_metrics(margin: Tensor, tie: Tensor | float) -> dict[str, Tensor]:
     """nDCG@10, R@1, R@2 and MRR of one relevant item, averaged exactly over the orders of its ties.
 
-    above  (n,)  items that score higher      tied  (n,)  items that score the same, the relevant one included
+    margin  (n, items)  by how much an item scores higher than the relevant one; `tie` or less is a tie
     """
+    above, tied = (margin > tie).sum(1), (margin.abs() <= tie).sum(1)  # tied: the relevant one included
     ranks = torch.arange(1, int((above + tied).max()) + 1, dtype=torch.float64)
     discounts = (ranks <= 10) / torch.log2(ranks + 1)
     gains = {"ndcg10": discounts, "r1": ranks == 1, "r2": ranks <= 2, "mrr": 1 / ranks}
     sums = {name: F.pad(gain.double().cumsum(0), (1, 0)) for name, gain in gains.items()}
     return {name: (total[above + tied] - total[above]) / tied for name, total in sums.items()}
 
-
-def best_temperature(score: Score, windows: Windows) -> float:
+def best_temperature(score: Callable, windows: Windows) -> float:
     """The t of the least cross-entropy of the targets under softmax(scores / t), on about CHUNK windows."""
     every = math.ceil(len(windows.task) / CHUNK)
     sample, = window_queries(windows, torch.arange(0, len(windows.task), every))
@@ -167,41 +142,31 @@ def best_temperature(score: Score, windows: Windows) -> float:
     nats = lambda log_t: float(torch.logsumexp(margin / (unit * math.exp(log_t)), 1).mean())
     found = minimize_scalar(nats, bounds=(-10, 5), method="bounded", options={"xatol": 0.01})
     return unit * math.exp(found.x)
-
-
-# -------------------------------------------------------------------------------- 2 scores
-
-
+# ------------------------------------------------------------------------------------------------ 2 scores
 def cosine(pool: Tensor) -> tuple[Callable, Callable, Callable]:
     """Cosines after the mean of pool (P, d) is taken off, as `Space` reads them. A zero vector scores 0."""
     middle = pool.mean(0)
     direction = lambda x: F.normalize(x - middle, dim=-1, eps=1e-30)
     return direction, direction, lambda query: TIE
 
-
 def euclidean(pool: Tensor) -> tuple[Callable, Callable, Callable]:
     """Scores in the order of the negative squared distance; a tie means the same in every embedding.
 
-    -|q - p|^2 / 2 is q . p - |p|^2 / 2 and a part that all items share. The mean of pool (P, d) is taken off
-    first, for the digits. Embeddings are rounded at the scale of their norm before that, so the norm has a
-    part in the width of a tie: a pool whose spread is under 1e-4 of its norm is one point, and all its items
-    tie.
+    -|q - p|^2 / 2 is q . p - |p|^2 / 2 and a part that all items share. Embeddings are rounded at the scale
+    of their norm, so the norm widens a tie: if the spread of pool (P, d) is below 1e-4 of it, all items tie.
     """
-    middle, norm = pool.mean(0), pool.square().sum(1).mean()
+    middle, norm = pool.mean(0), pool.square().sum(1).mean()  # the mean is taken off for the digits
     unit = (pool - middle).square().sum(1).mean() + 1e-3 * norm + 1e-30
     query = lambda x: torch.cat([x - middle, torch.ones_like(x[..., :1])], -1)
     item = lambda x: torch.cat([x - middle, (x - middle).square().sum(-1, keepdim=True) / -2], -1)
     tie = lambda q: TIE * ((q[:, :-1].square().sum(1, keepdim=True) * unit).sqrt() + unit)
     return query, item, tie
 
-
 class Space:
     """Embeddings (G, d) of all grids and how they are compared; the scores of several embeddings are summed.
 
-    `measure` gives three functions: a score is the product of query(x) and item(y); tie(query) is its
-    tolerance.
+    `measure` gives three functions: query(x) @ item(y) is a score, tie(query) the width of a tie.
     """
-
     def __init__(self, outputs, *embeddings, measure: Callable = cosine):
         self.parts = [(x, *measure(x[outputs])) for x in embeddings]
         self.pool = self.items(outputs)  # (P, d)
@@ -209,7 +174,7 @@ class Space:
     def items(self, index) -> Tensor:
         return torch.cat([item(x[index]) for x, _, item, _ in self.parts], -1)
 
-    def by_weights(self, weights: tuple[int, int, int]) -> Score:
+    def by_weights(self, weights: tuple[int, int, int]) -> Callable:
         """Scores of queries that sum mean input, mean output and given grid under `weights`."""
         def combine(x, context: Tensor) -> Tensor:
             roles = context[:, :-1:2], context[:, 1::2], context[:, -1:]
@@ -217,8 +182,10 @@ class Space:
         queries = lambda q: torch.cat([query(combine(x, q.context)) for x, query, *_ in self.parts], 1)
         return lambda q: self.compare(queries(q), q)
 
-    def by_embedding(self, z_hat: Tensor) -> Score:
+    def by_embedding(self, z_hat: Tensor) -> Callable:
         """Scores of the queries z_hat (number of queries, d)."""
+        if not (z_hat.isfinite().all() and self.pool.isfinite().all()):
+            raise ValueError("embeddings hold nan or inf: there is nothing to rank")
         return lambda q: self.compare(self.parts[0][1](z_hat[q.number]), q)
 
     def compare(self, query: Tensor, q: Queries) -> tuple[Tensor, Tensor | float]:
@@ -227,32 +194,12 @@ class Space:
             distinct, place = q.own.unique(return_inverse=True)  # neighbouring windows share most of theirs
             scores = torch.cat([scores, (query @ self.items(distinct).T).gather(1, place)], 1)
         return scores, self.parts[0][3](query)
-
-
-def check_finite(*embeddings: Tensor):
-    if not all(bool(x.isfinite().all()) for x in embeddings):
-        raise ValueError("embeddings hold nan or inf: there is nothing to rank")
-
-
-def retrieval(query: Tensor, pool: Tensor, windows: Windows, measure: Callable = euclidean,
-              rows: Tensor | None = None) -> dict[str, np.ndarray]:
-    """`rank` for queries (n, D) of the windows `rows`, all by default, and embeddings (P, D) of the pool."""
-    check_finite(query, pool)
-    rows = torch.arange(len(windows.task)) if rows is None else rows
-    every = torch.zeros(len(windows.task), query.shape[1]).index_copy(0, rows, query.float())
-    space = Space(torch.arange(len(pool)), pool.float(), measure=measure)
-    return rank(space.by_embedding(every), window_queries(windows, rows))
-
-
-# -------------------------------------------------------------------------------- 3 hard negatives
-
-
+# ---------------------------------------------------------------------------------------- 3 hard negatives
 class HardNegatives(NamedTuple):
     """What is added to the pool of each window, and of no other."""
     grids: list   # the grids of the windows, then H more
     own: Tensor   # (W, 4) in2, the target with a cell changed, with colours swapped, mirrored; -1 for none
     rows: Tensor  # the windows that count: those with in2 other than out2
-
 
 def altered(grid: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """The grid with a cell in another of its colours, its two most frequent colours swapped, and mirrored."""
@@ -265,60 +212,47 @@ def altered(grid: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     swapped = np.where(grid == a, b, np.where(grid == b, a, grid)).astype(grid.dtype)
     return [one, swapped, grid[:, ::-1]]
 
-
 def hard_negatives(windows: Windows, seed: int = 0) -> HardNegatives:
     """Those of each window. What is in the pool already, or twice in a window, is dropped."""
-    rng, grids = np.random.default_rng(seed), list(windows.grids)
-    place = {(grid.shape, grid.tobytes()): i for i, grid in enumerate(grids)}
-    of_target = np.full((len(grids), 3), -1)
-    for target in windows.outputs:
-        for i, grid in enumerate(altered(windows.grids[target], rng)):
-            of_target[target, i] = place.setdefault((grid.shape, grid.tobytes()), len(grids))
-            if of_target[target, i] == len(grids):
-                grids.append(grid)
+    rng, count = np.random.default_rng(seed), len(windows.grids)
+    made = [grid for target in windows.outputs for grid in altered(windows.grids[target], rng)]
+    grids, place = arc_data.unique_grids([*windows.grids, *made])
+    of_target = np.full((count, 3), -1)
+    of_target[windows.outputs] = np.reshape(place[count:], (-1, 3))
     own = np.column_stack([windows.index[:, 2], of_target[windows.index[:, 3]]])
     own[np.isin(own, windows.outputs)] = -1  # the target is in the pool as well
     for i in range(1, 4):
         own[(own[:, :i] == own[:, [i]]).any(1), i] = -1
     rows = np.flatnonzero(windows.index[:, 2] != windows.index[:, 3])
     return HardNegatives(grids, torch.from_numpy(own), torch.from_numpy(rows))
-
-
-# -------------------------------------------------------------------------------- 4 baselines
-
-
+# --------------------------------------------------------------------------------------------- 4 baselines
 class OneHot:
     """Raw grids as an embedding (G, 9900): 30 x 30 cells of 11 colours, only for the grids in use."""
-
     def __init__(self, grids: list):
         self.cells = torch.from_numpy(arc_data.pad(grids)).flatten(1)
 
     def __getitem__(self, index) -> Tensor:
         return (self.cells[index][..., None] == torch.arange(arc_data.PAD + 1)).flatten(-2).float()
 
-
 def features(grids: list[np.ndarray]) -> np.ndarray:
     """31 hand-made numbers a grid, (G, 31): size, colours, components (4-connected), symmetry."""
     cells = arc_data.pad(grids)
     labels = arc_data.components(cells, connectivity=4)
     first = labels == np.arange(labels.size).reshape(labels.shape)  # the cells that name components
-    pieces = np.stack([(first & (cells == c)).sum((1, 2)) for c in range(10)], 1)  # (G, 10)
-    shares = np.stack([(cells == c).sum((1, 2)) for c in range(10)], 1)
-    shares = shares / shares.sum(1, keepdims=True)
-    background = np.arange(len(grids)), arc_data.most_common_colour(cells)
     height, width = np.array([grid.shape for grid in grids]).T
+    pieces = np.stack([(first & (cells == c)).sum((1, 2)) for c in range(10)], 1)  # (G, 10)
+    shares = np.stack([(cells == c).sum((1, 2)) for c in range(10)], 1) / (height * width)[:, None]
+    background = np.arange(len(grids)), arc_data.most_common_colour(cells)
     sizes = [height / 30, width / 30, height * width / 900, np.log(height * width) / 7]
     colours = [(shares > 0).sum(1) / 10, np.log1p(pieces.sum(1)) / 7,
                np.log1p(pieces.sum(1) - pieces[background]) / 7, 1 - shares[background]]
     symmetric = [symmetries(grid) for grid in grids]
     return np.column_stack([*sizes, *colours, symmetric, shares, np.log1p(pieces) / 5])
 
-
 def symmetries(grid: np.ndarray) -> tuple[float, float, float]:
     """Share of cells equal under up-down flip, left-right flip and transpose (0 if not square)."""
     transpose = (grid == grid.T).mean() if grid.shape[0] == grid.shape[1] else 0.0
     return (grid == grid[::-1]).mean(), (grid == grid[:, ::-1]).mean(), transpose
-
 
 def symbol_bag(codes: list, boxes: bool, width: int = 1024) -> Tensor:
     """The symbols of each grid, (G, width), from model.codes: a sum over its objects of random features.
@@ -336,7 +270,6 @@ def symbol_bag(codes: list, boxes: bool, width: int = 1024) -> Tensor:
         bags.append((x * 2**0.5 * torch.cos(box.float() @ waves + phase) if boxes else x).sum(0))
     return torch.stack(bags)
 
-
 def principal(x: Tensor, width: int) -> Tensor:
     """The first `width` principal components of x (n, d); x itself where it is no wider."""
     if x.shape[1] <= width:
@@ -345,7 +278,6 @@ def principal(x: Tensor, width: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return x @ torch.svd_lowrank(x, min(width, len(x)), niter=2)[2]
-
 
 def raw_spaces(grids: list, outputs: np.ndarray) -> dict[str, Space]:
     """The embeddings that need no model."""
@@ -356,25 +288,19 @@ def raw_spaces(grids: list, outputs: np.ndarray) -> dict[str, Space]:
             "raw + 31 features": Space(outputs, raw, x),
             "colour histogram": Space(outputs, torch.from_numpy(histogram).float())}
 
-
-def baseline_spaces(untrained, grids: list, outputs: np.ndarray, z: Tensor, codes: list) -> dict[str, Space]:
-    """Every embedding that is compared without a predictor."""
+def baseline_spaces(untrained, grids: list, outputs: np.ndarray, codes: list) -> dict[str, Space]:
+    """Every embedding that is compared without a predictor, but the trained one."""
     spaces = raw_spaces(grids, outputs)
     if codes[0][0].shape[1]:  # the model has codes
         spaces["bag of codes"] = Space(outputs, symbol_bag(codes, boxes=False))
         spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
-    spaces["untrained"] = Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)
-    return spaces | {"trained": Space(outputs, z, measure=euclidean)}
-
-
-# -------------------------------------------------------------------------------- 5 pairs and probes
-
+    return spaces | {"untrained": Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)}
+# -------------------------------------------------------------------------------------- 5 pairs and probes
 FOLDS = 10
 NEIGHBOURS, WARMTH = 20, 0.07             # k-NN: cosine, weights exp(s / 0.07)
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of the ridge, in units of a standardised feature's variance
 PROPERTIES = ("output symmetric up-down", "output symmetric left-right", "output symmetric over its diagonal",
               "same shape", "output smaller", "output larger", "output recoloured")
-
 
 class Pairs(NamedTuple):
     """The distinct pairs of tasks that have two, and their classes."""
@@ -383,15 +309,13 @@ class Pairs(NamedTuple):
     y: np.ndarray      # (n, L) class of each pair in each labeling; -1 for none
     names: list        # (L,) of the labelings
 
-
 def properties(given: np.ndarray, out: np.ndarray) -> list[bool]:
     """PROPERTIES of a pair. Recoloured: another grid, equal to the input up to a renaming of colours."""
     same, renamed = given.shape == out.shape, False
     if same and (given != out).any():
         renamed = len(set(zip(given.flat, out.flat))) == len(np.unique(given)) == len(np.unique(out))
-    symmetric = [share == 1 for share in symmetries(out)]
+    symmetric = (share == 1 for share in symmetries(out))
     return [*symmetric, same, out.size < given.size, out.size > given.size, renamed]
-
 
 def find_pairs(windows: Windows, labels: dict[str, str] | None = None) -> Pairs:
     """The pairs of the windows with their PROPERTIES, or with the label of their task."""
@@ -401,10 +325,9 @@ def find_pairs(windows: Windows, labels: dict[str, str] | None = None) -> Pairs:
     if labels is None:
         y = np.array([properties(windows.grids[i], windows.grids[j]) for i, j in index], dtype=int)
         return Pairs(index, task, y, list(PROPERTIES))
-    number = {name: i for i, name in enumerate(sorted(set(labels.values())))}
-    y = np.array([number[labels[i]] if i in labels else -1 for i in windows.task_ids])
+    names = sorted(set(labels.values()))
+    y = np.array([names.index(labels[i]) if i in labels else -1 for i in windows.task_ids])
     return Pairs(index, task, y[task, None], ["label"])
-
 
 def probed(pairs: Pairs) -> Pairs:
     """The pairs with a class and the labelings of more than one class; nothing for fewer than three tasks."""
@@ -413,31 +336,27 @@ def probed(pairs: Pairs) -> Pairs:
     used = [j for j, column in enumerate(pairs.y.T) if enough and len(np.unique(column[rows])) > 1]
     return Pairs(pairs.index[rows], pairs.task[rows], pairs.y[rows][:, used], [pairs.names[j] for j in used])
 
-
 def pair_features(x: Tensor, pairs: Pairs) -> Tensor:
     given, out = x[pairs.index[:, 0]], x[pairs.index[:, 1]]
     return torch.cat([given, out, out - given], 1)  # (n, 3 d)
 
-
 def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Whether the nearest pair by cosine of f (n, d) is of the same task (or the share of ties); the tasks.
 
-    Pairs that share a grid with a pair are no neighbours of it; a pair whose task has no other neighbour is
-    left out.
+    The neighbours of a pair share no grid with it. A pair without a neighbour in its task is left out.
     """
     f = F.normalize(f - f.mean(0), dim=1, eps=1e-30)
     given, out, task = (torch.from_numpy(x.copy()) for x in (*pairs.index.T, pairs.task))
-    right, counted = [], []
+    found = []
     for i in torch.arange(len(f)).split(CHUNK):
         apart = torch.stack([a[i, None] != b for a in (given, out) for b in (given, out)]).all(0)
         near = (f[i] @ f.T).masked_fill(~apart, -math.inf)
         tied = (near >= near.max(1, keepdim=True).values - TIE) & apart
         same = (task[i, None] == task) & apart
-        right.append((tied & same).sum(1) / tied.sum(1).clamp_min(1))
-        counted.append(same.any(1))
-    counted = torch.cat(counted)
-    return torch.cat(right)[counted].double().numpy(), pairs.task[counted.numpy()]
-
+        right = (tied & same).sum(1) / tied.sum(1).clamp_min(1)
+        found.append(right.masked_fill(~same.any(1), math.nan))
+    found = torch.cat(found).double().numpy()
+    return found[~np.isnan(found)], pairs.task[~np.isnan(found)]
 
 def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> np.ndarray:
     """Classes (n', L) of `asked` (n', d) by ridge regression from standardised f (n, d) to classes y (n, L).
@@ -454,7 +373,6 @@ def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> n
     scores = (scores - (inside + outside) / 2) / np.maximum(inside - outside, 1e-12)
     return np.where(members > 0, scores, -np.inf).argmax(2)
 
-
 def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     """`ridge` with the strength that is best, for each labeling, on a fifth of the training tasks."""
     check = np.isin(task, np.unique(task)[::5])
@@ -463,13 +381,11 @@ def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarr
     answers = {i: ridge(f, y, asked, STRENGTHS[i]) for i in set(best)}
     return np.stack([answers[i][:, j] for j, i in enumerate(best)], 1)
 
-
 def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     weights = lambda distance: np.exp((1 - distance) / WARMTH)
     votes = KNeighborsClassifier(min(NEIGHBOURS, len(y)), metric="cosine", weights=weights)
     probe = make_pipeline(StandardScaler(with_std=False), votes)
     return probe.fit(f, y.squeeze(1) if y.shape[1] == 1 else y).predict(asked).reshape(len(asked), -1)
-
 
 def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarray) -> np.ndarray:
     """Classes (n, L) of pairs with features f (n, d), by a probe fitted to other folds of whole tasks."""
@@ -478,7 +394,6 @@ def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarra
     for train, test in folds.split(f, groups=task):
         chosen[test] = probe(f[train], y[train], f[test], task[train])
     return chosen
-
 
 def balanced(chosen: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(n,) values whose mean is the balanced accuracy: each is that accuracy and what the row adds to it.
@@ -490,38 +405,31 @@ def balanced(chosen: np.ndarray, y: np.ndarray) -> np.ndarray:
     recall = np.bincount(y, right) / counts  # (C,)
     return recall.mean() + (right - recall[y]) * len(y) / (len(names) * counts[y])
 
-
 def majority(y: np.ndarray, group: np.ndarray) -> np.ndarray:
     """(T, L) the most frequent class among the rows (n, L) of each group; the lowest of equals."""
-    votes = np.zeros((group.max() + 1, y.shape[1], y.max() + 1))
-    np.add.at(votes, (group[:, None], np.arange(y.shape[1]), y), 1)
-    return votes.argmax(2)
-
+    return np.stack([mode(y[group == one]).mode for one in np.unique(group)])
 
 def pair_metrics(x: Tensor, pairs: Pairs) -> tuple[dict, dict]:
-    """PAIRWISE metrics of x (G, d), a value a pair (a task, for the vote), and the probes by labeling.
+    """PAIRWISE metrics of x (G, d) as {metric: (values, tasks)}, and {labeling: {probe: accuracy}}.
 
-    The value of a probe is its `balanced` accuracy, averaged over the labelings.
+    A probe has a value a pair, the vote one a task: its `balanced` accuracy, averaged over the labelings.
     """
-    values = {"task_1nn": nearest_task(pair_features(x, pairs), pairs)[0]}
+    values = {"task_1nn": nearest_task(pair_features(x, pairs), pairs)}
     pairs = probed(pairs)
     if not pairs.names:
         return values, {}
-    f, y = pair_features(x, pairs).double().numpy(), pairs.y
-    task = np.unique(pairs.task, return_inverse=True)[1]
-    votes = cross_predict(knn_probe, f, y, task)
-    answers = {"probe_linear": (cross_predict(linear_probe, f, y, task), y), "probe_knn": (votes, y),
-               "probe_vote": (majority(votes, task), majority(y, task))}
-    each = {name: np.stack([balanced(a, b) for a, b in zip(chosen.T, truth.T)])
-            for name, (chosen, truth) in answers.items()}
-    by_label = {label: {name: float(rows[j].mean()) for name, rows in each.items()}
-                for j, label in enumerate(pairs.names)}
-    return values | {name: rows.mean(0) for name, rows in each.items()}, by_label
-
-
-# -------------------------------------------------------------------------------- 6 intervals
-
-
+    f, y, task = pair_features(x, pairs).double().numpy(), pairs.y, pairs.task
+    linear, votes = (cross_predict(probe, f, y, task) for probe in (linear_probe, knn_probe))
+    answers = {"probe_linear": (linear, y, task), "probe_knn": (votes, y, task),
+               "probe_vote": (majority(votes, task), majority(y, task), np.unique(task))}
+    by_label = {label: {} for label in pairs.names}
+    for name, (chosen, truth, tasks) in answers.items():
+        each = np.stack([balanced(a, b) for a, b in zip(chosen.T, truth.T)])  # (L, n)
+        values[name] = each.mean(0), tasks
+        for label, row in zip(pairs.names, each):
+            by_label[label][name] = float(row.mean())
+    return values, by_label
+# --------------------------------------------------------------------------------------------- 6 intervals
 def bootstrap_ci(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
     """95 % bootstrap interval of the mean of values (n,), drawing whole tasks (n,) with replacement.
 
@@ -530,139 +438,17 @@ def bootstrap_ci(values: np.ndarray, task: np.ndarray, draws: int = 1000, seed: 
     _, task = np.unique(task, return_inverse=True)
     sums, counts = np.bincount(task, values), np.bincount(task)  # (T,)
     times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
-    low, high = np.percentile(times @ sums / (times @ counts), [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(times @ sums / (times @ counts), [2.5, 97.5]).tolist())
 
-
-def paired_ci(a: np.ndarray, b: np.ndarray, task: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
+def paired_ci(a: np.ndarray, b: np.ndarray, task: np.ndarray) -> tuple:
     """Mean of a - b (n,) and its interval. Draws are of the same tasks: what is hard for both cancels."""
-    return float(np.mean(a - b)), *bootstrap_ci(a - b, task, draws, seed)
-
-
-# -------------------------------------------------------------------------------- 7 health
-
-
-def spectrum(z: Tensor) -> Tensor:
-    """Eigenvalues (D,), rising, of the covariance of z (n, D) + 1e-6 I."""
-    z = z.double()
-    return torch.linalg.eigvalsh(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)).clamp_min(0)
-
-
-def effective_rank(z: Tensor) -> float:
-    """How many directions z (n, D) uses: exp of the entropy of the covariance's eigenvalues, 1 to D."""
-    values = spectrum(z)
-    return float(torch.special.entr(values / values.sum()).sum().exp())
-
-
-def embedding_health(z: Tensor) -> dict[str, float]:
-    """Effective rank, variance, isotropy and Gaussian score of z (n, D), as in the recorded runs; SIGReg.
-
-    SIGReg is the mean over samples of SIGREG_N rows, as away from N(0, I) it grows with the size of a sample.
-    """
-    values, x, size = spectrum(z), z.double().numpy(), min(SIGREG_N, len(z))
-    off = np.nan_to_num(np.abs([skew(x), kurtosis(x)]), nan=3.0).mean(1).sum()  # both are 0 for a Gaussian
-    directions = torch.randn(256, z.shape[1], generator=torch.Generator().manual_seed(0))
-    views = z[:len(z) // size * size].view(-1, size, z.shape[1])
-    tested = float(sigreg(views, F.normalize(directions, dim=1).T))
-    return {"effective_rank": effective_rank(z), "variance": float(x.var(0).mean()),
-            "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)),
-            "gaussian_score": float(1 / (1 + off)),
-            "sigreg_over_null": tested / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
-
-
-def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
-    """All that the quantizer reads of each token (n,), as one number, and the tokens."""
-    tokens = arc_data.tokenise(grids)
-    whole = np.isin(np.arange(len(tokens.shape)), tokens.start)
-    return tokens.shape * 2 + whole, tokens
-
-
-def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:
-    """How evenly codes (n, n_codes) below `size` are used; inputs (n,) identify what a row encodes.
-
-    codes_usage       lowest share of the codes in use, over code positions
-    codes_perplexity  exp(entropy) / size, mean over positions: 1 is uniform, 0.96 a uniform draw of 12.5 size
-    codes_ceiling     the highest exp(entropy) / size that any function of the inputs could reach
-    codes_n           n
-    """
-    codes = np.asarray(codes)
-    if codes.shape[1] == 0:  # a model without codes
-        return dict.fromkeys(("codes_usage", "codes_perplexity", "codes_ceiling")) | {"codes_n": len(codes)}
-    if len(codes) == 0 or codes.min() < 0 or codes.max() >= size:
-        raise ValueError(f"codes must be at least one row of numbers from 0 to {size - 1}")
-    counts = [np.bincount(column, minlength=size) for column in codes.T]
-    return {"codes_usage": min(float((c > 0).mean()) for c in counts),
-            "codes_perplexity": float(np.mean([perplexity(c) for c in counts]) / size),
-            "codes_ceiling": code_ceiling(np.unique(inputs, return_counts=True)[1], size),
-            "codes_n": len(codes)}
-
-
-def perplexity(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / np.sum(counts)
-    return math.exp(-(share * np.log(share)).sum())
-
-
-def code_ceiling(counts: np.ndarray, size: int) -> float:
-    """Highest exp(entropy) / size of a code with `size` values, for inputs that occur `counts` times.
-
-    A function gives all occurrences of an input one code. While the heaviest input left outweighs an even
-    share of the codes left, it takes a code of its own; the others are spread evenly over the rest, as if
-    they could be cut.
-    """
-    heaviest, left, own = np.sort(counts)[::-1], int(np.sum(counts)), 0
-    while own < len(heaviest) and heaviest[own] * (size - own) > left:  # integers: no rounding decides
-        left -= int(heaviest[own])
-        own += 1
-    even = np.full(size - own, left / max(size - own, 1))
-    return perplexity(np.concatenate([heaviest[:own], even])) / size
-
-
-def kept_codes(model, grids: list, before: list, colours: np.ndarray, symmetry: int) -> float | None:
-    """Share of objects that keep all codes when grids get `colours` (10,) and turn by symmetry 0, 1 or 4.
-
-    `before` is what model.codes gave for the grids. Objects are found again by their box; those that share a
-    box, or come or go because another colour is the background now, are left out.
-    """
-    changed = model.codes([np.ascontiguousarray(arc_data.turn(colours[grid], symmetry)) for grid in grids])
-    kept = []
-    for grid, (codes, boxes), (new_codes, new_boxes) in zip(grids, before, changed):
-        top, left, height, width = boxes[1:].T
-        moved = {0: [top, left, height, width], 1: [left, top, width, height],
-                 4: [top, grid.shape[1] - left - width, height, width]}[symmetry]
-        moved, again = torch.stack(moved, 1).tolist(), new_boxes[1:].tolist()
-        place = {tuple(box): i for i, box in enumerate(moved, 1) if moved.count(box) == 1}
-        for i, box in enumerate(again, 1):
-            if tuple(box) in place and again.count(box) == 1:
-                kept.append(torch.equal(codes[place[tuple(box)]], new_codes[i]))
-    return float(np.mean(kept)) if kept else None
-
-
-def code_health(model, grids: list, found: list) -> dict:
-    """Use of the codes by occurrence and by distinct object, and which changes of a grid they survive."""
-    ids, _ = object_ids(grids)
-    codes, result = torch.cat([codes for codes, _ in found]).numpy(), {}
-    if not codes.shape[1]:
-        return result
-    _, distinct = np.unique(ids, return_index=True)
-    for name, rows in (("occurrence", np.arange(len(ids))), ("distinct", distinct)):
-        statistics = code_statistics(codes[rows], CODE_SIZE, ids[rows])
-        top = max(np.bincount(column).max() for column in codes[rows].T)
-        statistics["codes_top_share"] = float(top / len(rows))
-        result |= {f"{key}_by_{name}": value for key, value in statistics.items()}
-    same, other = np.arange(10, dtype=np.int8), np.random.default_rng(0).permutation(10).astype(np.int8)
-    for name, colours, symmetry in (("recoloured", other, 0), ("mirrored", same, 4), ("transposed", same, 1)):
-        result[f"codes_kept_when_{name}"] = kept_codes(model, grids, found, colours, symmetry)
-    return result
-
-
-# -------------------------------------------------------------------------------- 8 the evaluation
-
-
+    return float(np.mean(a - b)), *bootstrap_ci(a - b, task)
+# -------------------------------------------------------------------------------------------- 7 evaluation
 class Evaluation(NamedTuple):
-    """The record of an evaluation: eval.json and health.json are parts of it, result.json is a selection."""
-    data: dict     # source, tasks, windows, candidates, shared_with_training, notes
+    """The record of an evaluation: eval.json and health.json hold parts of it, result.json is a selection."""
+    data: dict     # tasks, windows, candidates; harness/commands.py adds source, leaks and notes
     metrics: dict  # {metric: {"model": x, "baselines": {row: x}, "interval": [low, high], "n": count}}
-    health: dict   # cross_entropy, probes, shuffled context, prediction, context, target, codes, lead
+    health: dict   # cross_entropy, probes, lead, shuffled context; harness/health.py adds the rest
     windows: Windows
     z: Tensor      # (G, D)
     z_hat: Tensor  # (W, D)
@@ -671,88 +457,63 @@ class Evaluation(NamedTuple):
     labels: dict | None
     values: dict   # the model's value of every query, and the task of each: {metric: (values, tasks)}
 
-
 @torch.no_grad()
-def evaluate(model, untrained, tasks: dict, *, source: str = "", labels: dict | None = None,
-             shared: int | None = None, progress: Callable = lambda line: None) -> Evaluation:
-    """Every metric of a frozen model and of every baseline by the same code, and the model's health.
+def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evaluation:
+    """Every metric of a frozen model and of every baseline by the same code, and controls.
 
     untrained  the same model before training; None leaves all baselines out
     labels     {task id: class name} to probe for instead of PROPERTIES
-    shared     how many of the tasks share a pair with the training tasks, where known
     """
     windows = arc_data.make_windows(tasks)
-    if not len(windows.task):
-        raise ValueError(f"{source or 'the data'}: no task has two pairs with outputs")
+    arc_data.need(len(windows.task), "no task of the data has two pairs with outputs")
     hard, pairs = hard_negatives(windows), find_pairs(windows, labels)
     queries, tests = window_queries(windows, own=hard.own), demonstration_queries(tasks, windows)
     outputs, count = windows.outputs, len(windows.grids)
-    progress(f"evaluating {len(windows.task)} windows of {len(tasks)} tasks")
     z, codes = model.embed(hard.grids).float().cpu(), model.codes(hard.grids)
-    z_hat = model.predict(contexts(windows)).float().cpu()
     shown = [tuple(windows.grids[i] for i in context) for q in tests for context in q.context.tolist()]
-    z_tests = model.predict(shown).float().cpu()
-    check_finite(z, z_hat, z_tests)
+    z_hat, z_tests = (model.predict(asked).float().cpu() for asked in (contexts(windows), shown))
 
-    def answer(score: Score, of_tests: Score | None = None, nats: bool = True) -> dict:
+    def answer(score: Callable, of_tests: Callable | None = None, nats: bool = True) -> dict:
         found = rank(score, queries, best_temperature(score, windows) if nats else None)
-        found |= {metric: found[metric][hard.rows] for metric in HARD}
-        tested = rank(of_tests or score, tests)
-        return found | {metric: tested[name] for metric, name in DEMONSTRATIONS.items() if tested}
+        values = {metric: (x, windows.task) for metric, x in found.items()}
+        values |= {metric: (found[metric][hard.rows], windows.task[hard.rows]) for metric in HARD}
+        found, task = rank(of_tests or score, tests), [int(i) for q in tests for i in q.task]
+        return values | {metric: (found[name], task) for metric, name in DEMONSTRATIONS.items() if found}
 
     own, rows, probes = Space(outputs, z, measure=euclidean), {}, {}
     rows["model"], probes["model"] = pair_metrics(z, pairs)
     rows["model"] |= answer(own.by_embedding(z_hat), own.by_embedding(z_tests))
-    spaces = {} if untrained is None else baseline_spaces(untrained, hard.grids, outputs, z, codes)
+    spaces = baseline_spaces(untrained, hard.grids, outputs, codes) | {"trained": own} if untrained else {}
     for name, space in spaces.items():
-        progress(f"evaluating baselines: {name}")
         for query, weights in QUERIES.items():
-            if query != "analogy" and len(space.parts) > 1:
-                continue
-            rows[f"{query}, {name}"] = answer(space.by_weights(weights), nats=query == "analogy")
-        if len(space.parts) == 1 and name != "trained":  # pairs in z itself are the model's row
+            if query == "analogy" or len(space.parts) == 1:
+                rows[f"{query}, {name}"] = answer(space.by_weights(weights), nats=query == "analogy")
+        if len(space.parts) == 1 and space is not own:  # pairs in z itself are the model's row
             x = principal(space.parts[0][0][torch.arange(count)], z.shape[1])  # no wider than z
             rows[name], probes[name] = pair_metrics(x, pairs)
+    for name, other in (("pooled, untrained", untrained), ("pooled, trained", model)) if spaces else ():
+        x = principal(other.embed(windows.grids, layer="pooled").float().cpu(), z.shape[1])
+        rows[name], probes[name] = pair_metrics(x, pairs)
     if spaces:
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         rows["chance"] = answer(Space(outputs, noise, measure=euclidean).by_weights((1, 0, 0)), nats=False)
-        rows["chance"]["task_1nn"] = nearest_task(pair_features(noise, pairs), pairs)[0]
-        rows["majority"] = majority_metrics(pairs)
+        rows["chance"]["task_1nn"] = nearest_task(pair_features(noise, pairs), pairs)
+        right = [1 / len(np.unique(column)) for column in probed(pairs).y.T]  # of the most frequent class
+        rows["majority"] = dict.fromkeys(PAIRWISE[1:], (np.mean(right, keepdims=True), None)) if right else {}
 
-    task_of = dict.fromkeys((*RETRIEVAL, "nats"), windows.task) | dict.fromkeys(HARD, windows.task[hard.rows])
-    task_of |= dict.fromkeys(DEMONSTRATIONS, np.concatenate([[], *(q.task.numpy() for q in tests)]))
-    task_of |= dict.fromkeys(PAIRWISE, probed(pairs).task) | {"probe_vote": np.unique(probed(pairs).task)}
-    task_of["task_1nn"] = nearest_task(pair_features(z, pairs), pairs)[1]
-    metrics = {metric: summarise(rows, metric, task_of[metric]) for metric in METRICS}
-    lead = {row: {metric: paired_ci(rows["model"][metric], values[metric], task_of[metric])
+    metrics = {metric: summarise(rows, metric) for metric in METRICS}
+    lead = {row: {metric: paired_ci(rows["model"][metric][0], *values[metric])
                   for metric in COMPARED if metric in values}
             for row, values in rows.items() if row != "model" and "ndcg10" in values}
-    nats = summarise(rows, "nats", windows.task) | {"ln_pool": math.log(len(outputs))}
-    health = {"cross_entropy": nats, "probes": probes, "lead": lead} | model_health(model, windows, z, z_hat)
-    health["codes"] = code_health(model, windows.grids, codes[:count])
-    data = {"source": source, "tasks": len(tasks), "windows": len(windows.task), "candidates": len(outputs),
-            "shared_with_training": shared, "notes": notes(tasks, windows, labels, shared)}
-    values = {metric: (rows["model"][metric], task_of[metric]) for metric in METRICS if metrics[metric]["n"]}
-    return Evaluation(data, metrics, health, windows, z[:count], z_hat, codes[:count], pairs, labels, values)
-
-
-def majority_metrics(pairs: Pairs) -> dict[str, np.ndarray]:
-    """The balanced accuracy of the most frequent class: one of the classes is right."""
-    classes = np.array([len(np.unique(column)) for column in probed(pairs).y.T])
-    return dict.fromkeys(PAIRWISE[1:], np.array([np.mean(1 / classes)])) if len(classes) else {}
-
-
-def model_health(model, windows: Windows, z: Tensor, z_hat: Tensor) -> dict:
-    """Prediction error, retrieval with another task's demonstration, and the health of context and target."""
-    target = z[windows.index[:, 3]]
-    result = {"prediction": float((z_hat - target).square().mean()), "shuffled_ndcg10_without_out1": None}
+    nats = summarise(rows, "nats") | {"ln_pool": math.log(len(outputs))}
+    health = {"cross_entropy": nats, "probes": probes, "lead": lead, "shuffled_ndcg10_without_out1": None}
     if len(np.unique(windows.task)) > 1:
         shuffled = model.predict(contexts(windows, pair_from=shuffle_context(windows))).float().cpu()
-        ranked = retrieval(shuffled, z[windows.outputs], windows)
-        result["shuffled_ndcg10_without_out1"] = float(ranked["ndcg10_without_out1"].mean())
-    sample = np.random.default_rng(0).permutation(len(z_hat))[:SAMPLE]
-    return result | {"context": embedding_health(z_hat[sample]), "target": embedding_health(target[sample])}
-
+        found = rank(own.by_embedding(shuffled), queries)
+        health["shuffled_ndcg10_without_out1"] = float(found["ndcg10_without_out1"].mean())
+    data = {"tasks": len(tasks), "windows": len(windows.task), "candidates": len(outputs)}
+    values = {metric: rows["model"][metric] for metric in METRICS if metrics[metric]["n"]}
+    return Evaluation(data, metrics, health, windows, z[:count], z_hat, codes[:count], pairs, labels, values)
 
 def contexts(windows: Windows, rows: np.ndarray | None = None, pair_from: np.ndarray | None = None) -> list:
     """(in1, out1, in2) of the windows `rows`, all by default; (in1, out1) of the windows `pair_from`."""
@@ -761,88 +522,28 @@ def contexts(windows: Windows, rows: np.ndarray | None = None, pair_from: np.nda
         index[:, :2] = windows.index[pair_from, :2]
     return [tuple(windows.grids[i] for i in context) for context in index]
 
-
 def shuffle_context(windows: Windows, seed: int = 0) -> np.ndarray:
-    """(W,) for each window a window of another task, whose (in1, out1) takes the place of its own.
-
-    Tasks stand in one seeded ring and each takes from the next. Raises ValueError for a single task.
-    """
+    """(W,) for each window one of another task that lends its (in1, out1): the next task of a seeded ring."""
     rng = np.random.default_rng(seed)
-    names, task = np.unique(windows.task, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError("a shuffled context needs windows of two tasks or more")
-    ring = rng.permutation(len(names))
-    donor = np.empty_like(ring)
-    donor[ring] = np.roll(ring, 1)
-    order, counts = np.argsort(task, kind="stable"), np.bincount(task)
-    start, taken = np.cumsum(counts) - counts, donor[task]
-    return order[start[taken] + rng.integers(counts[taken])]
+    _, task, counts = np.unique(windows.task, return_inverse=True, return_counts=True)
+    arc_data.need(len(counts) > 1, "a shuffled context needs windows of two tasks or more")
+    ring = rng.permutation(len(counts))
+    taken = np.roll(ring, 1)[ring.argsort()][task]  # the task from which each window takes
+    start = np.cumsum(counts) - counts  # windows stand task by task
+    return start[taken] + rng.integers(counts[taken])
 
-
-def summarise(rows: dict[str, dict], metric: str, task: np.ndarray) -> dict:
+def summarise(rows: dict[str, dict], metric: str) -> dict:
     """An entry of eval.json; empty where the data allow no such metric."""
-    found = {name: values[metric] for name, values in rows.items() if len(values.get(metric, ()))}
-    if "model" not in found:
+    values, task = rows["model"].get(metric, ((), ()))
+    if not len(values):
         return {"model": None, "baselines": {}, "interval": None, "n": 0}
-    mean = {name: float(values.mean()) for name, values in found.items()}
-    return {"model": mean.pop("model"), "baselines": mean, "interval": bootstrap_ci(found["model"], task),
-            "n": len(found["model"])}
-
-
-def notes(tasks: dict, windows: Windows, labels: dict | None, shared: int | None) -> list[str]:
-    """What a reader of the figures must know: what no figure uses, and what is not unseen."""
-    single = sum(len(arc_data.pairs_of(task)) < 2 for task in tasks.values())
-    unlabelled = len(tasks) - len(labels) if labels else 0
-    lines = {arc_data.count_missing(tasks): True,
-             f"{single} tasks with fewer than two complete pairs: in no window and no pair": single,
-             f"{windows.capped} windows of tasks with many pairs left out by a seeded sample": windows.capped,
-             f"{unlabelled} tasks without a label: not probed": unlabelled,
-             f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen": shared}
-    return [line for line, holds in lines.items() if holds and line]
-
-
-@torch.no_grad()
-def evaluate_sample(model, windows: Windows, pool: Tensor | None = None, limit: int = 1024, seed: int = 0):
-    """Figures of a seeded sample of `limit` windows in the whole pool (P, D), for use during training."""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
-    if pool is None:
-        pool = model.embed([windows.grids[i] for i in windows.outputs])
-    pool, z_hat = pool.float().cpu(), model.predict(contexts(windows, rows)).float().cpu()
-    values = retrieval(z_hat, pool, windows, rows=torch.from_numpy(rows))
-    names = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")
-    result = {name: float(values[name].mean()) for name in names}
-    target = pool[np.searchsorted(windows.outputs, windows.index[rows, 3])]
-    sample = np.random.default_rng(seed).permutation(len(rows))[:SAMPLE]
-    return result | {"prediction": float((z_hat - target).square().mean()),
-                     "effective_rank_context": effective_rank(z_hat[sample]),
-                     "effective_rank_target": effective_rank(target[sample])}
-
-
-def result_figures(done: Evaluation) -> dict:
-    """What result.json takes from an evaluation, flat."""
-    names, health = (*RETRIEVAL, *DEMONSTRATIONS, *HARD), done.health
-    baselines = {name: done.metrics[name]["baselines"] for name in names}
-    result = {name: done.metrics[name]["model"] for name in names}
-    result["shuffled_ndcg10_without_out1"] = health["shuffled_ndcg10_without_out1"]
-    for name in ("codes_usage", "codes_perplexity", "codes_ceiling", "codes_n"):
-        result[name] = health["codes"].get(f"{name}_by_occurrence")
-    for role in ("context", "target"):
-        result[f"effective_rank_{role}"] = health[role]["effective_rank"]
-    result |= {name: health["target"][name] for name in ("sigreg_over_null", "sigreg_n")}
-    result["prediction"] = health["prediction"]
-    for name in ("ndcg10_without_out1", "within_task"):
-        unlearned = [value for row, value in baselines[name].items() if not row.endswith(LEARNED)]
-        result[f"baseline_{name}"] = max(unlearned, default=None)
-    result["baselines"] = {row: {name: baselines[name][row] for name in names if row in baselines[name]}
-                           for row in baselines["ndcg10"]}
-    result["intervals"] = {name: done.metrics[name]["interval"] for name in names}
-    return result | {"lead": health["lead"], "validation_windows": done.data["windows"]}
-
+    mean = {row: float(found[metric][0].mean()) for row, found in rows.items() if metric in found}
+    return {"model": mean.pop("model"), "baselines": mean, "interval": bootstrap_ci(values, task),
+            "n": len(values)}
 
 def main(argv: list[str] | None = None):
     import harness.commands  # arguments, files, pages
     harness.commands.main(argv)
-
 
 if __name__ == "__main__":
     main()

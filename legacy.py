@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lejepa
 from arc_data import Batch, Grids, TaskSet, pairs_of, tokenise
-from lejepa import CODES, LEVELS, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
+from lejepa import CODES, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
 
 STEPS, EPOCHS = 7600, 80                               # of the recorded runs
 # ------------------------------------------------------------------------------------------------ settings
@@ -144,16 +144,14 @@ class FSQ(GaussianQuantizer):
     """Finite scalar quantization as published (arXiv:2309.15505): equal bins of tanh y, not regularised."""
     def __init__(self, cfg):
         super().__init__()
-        levels = torch.tensor([8, 6, 4, 4, 1])         # 768 codes
-        centres = (2 * torch.arange(8) + 1) / levels[:, None] - 1
-        self.means, self.levels = centres.repeat(CODES, 1), levels.repeat(CODES)
-        self.place = torch.tensor([int(levels[i + 1:].prod()) for i in range(len(LEVELS))])
+        self.levels = torch.tensor([8, 6, 4, 4, 1]).repeat(CODES)  # 768 codes
+        self.radix = torch.tensor([96, 16, 4, 1, 1])
 
     def level(self, y: Tensor) -> Tensor:
         return torch.minimum((self.levels * (torch.tanh(y) + 1) / 2).long(), self.levels - 1)
 
     def forward(self, y: Tensor) -> Tensor:
-        return super().forward(y).detach() + (torch.tanh(y) - torch.tanh(y).detach())
+        return (2 * self.level(y) + 1) / self.levels - 1 + (torch.tanh(y) - torch.tanh(y).detach())
 
     regulariser = lejepa.NoQuantizer.regulariser
 
@@ -167,8 +165,8 @@ class Broken(LeJEPALoss):
         self.average = InfoNCE(model, cfg).requires_grad_(False) if self.target == "averaged" else None
         if setting(cfg, "relu"):
             model.encoder.projector.append(nn.ReLU())
-        if setting(cfg, "shapeless"):                  # y reads the area alone; times 0 keeps the gradient
-            model.encoder.objects.bitmap.register_forward_hook(lambda part, inputs, x: x * 0)
+        if setting(cfg, "shapeless"):
+            model.encoder.objects.mlp.register_forward_pre_hook(keep_area)
         if isinstance(model.encoder.quantizer, Codebook) and setting(cfg, "padding"):
             model.encoder.register_forward_pre_hook(count_slots)
         if setting(cfg, "training_mode"):
@@ -191,6 +189,9 @@ class Broken(LeJEPALoss):
             target = keys[own] * z.shape[1] ** 0.5
         prediction = (z_hat - target).square().mean()
         return loss + (1 - lam) * (prediction - terms["prediction"]), terms | {"prediction": prediction}
+
+def keep_area(part, bits):                             # of a shape the number of its cells is left
+    return (torch.arange(bits[0].shape[1], device=bits[0].device) < bits[0].sum(1, keepdim=True)).float()
 
 def count_slots(encoder, inputs):                      # an empty slot counts as object 0
     encoder.quantizer.rows = inputs[0].object_id.flatten()

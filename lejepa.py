@@ -8,11 +8,11 @@
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg(y) measures how far the numbers behind the codes are from N(0, I); all codes are equally likely there.
-SIGReg(z) spreads the embeddings: each repels its close neighbours among those of this and the last few
-batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluation uses averaged weights.
+SIGReg(y) measures how far the numbers behind the codes are from N(0, I), where all codes are equally likely.
+SIGReg(z) is a local form of it: each target repels its close neighbours, in the batch and in a memory of
+earlier ones. No teacher, no stop-gradient on the target, no codebook. Evaluation uses averaged weights.
 
-    B windows in a batch   G grids in a batch   K demonstrations   U distinct shapes   R rows of L token slots
+    B windows (K demonstrations, given, answer)   G grids   U distinct shapes   R rows of L token slots
     W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
     V views   N samples of a view   Q embeddings in the memory   M directions   T frequencies   n items
 
@@ -20,7 +20,7 @@ batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluati
     python lejepa.py --run runs/NAME --resume   continue a run with its flags, or with more --steps
     python lejepa.py --profile                  the training step under the profiler
 
-RESULT_LINES The method without the harness:
+The default run takes minutes on two CPU cores; README.md has its results. The method without the harness:
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
@@ -43,9 +43,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -77,12 +75,12 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 1000, 384, 3e-3),
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 500, 384, 3e-3),
          "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 1000, 1536, 2e-3),
          "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 600, 3072, 1e-3)}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The flags of the command. None stands for a default that depends on the machine or on another flag."""
     data: Annotated[str, "SOURCE of training tasks: arcagi1:training, arcagi1:evaluation, arcagi2:training, "
@@ -118,19 +116,16 @@ class Config:
 
 def resolve_defaults(cfg: Config) -> Config:
     """The Config for this machine: every None but `validate` and `run` is replaced."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if cfg.device == "auto" else cfg.device
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     size = cfg.size or ("base" if device == "cuda" else "small")
     defaults = SIZES[size]._asdict() | {"compile": device == "cuda"}
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
     return dataclasses.replace(cfg, device=device, size=size, **{name: defaults[name] for name in missing})
 
-
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
-SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
-LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
+LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -148,11 +143,10 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
                          f"not {tuple(z.shape)} and {tuple(directions.shape)}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
-        views = z.view(-1, *z.shape[-2:])                                      # (V, N, D)
-        x = directions.to(z.dtype).T @ views.transpose(1, 2)                   # (V, M, N)
-        t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 both are 1
+        x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)               # (V, M, N)
+        t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 the error is 0
         phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
-        weight = 2 * DT * phi
+        weight = 2 * DT * phi                                                  # 2: for -t as well
         weight[-1] /= 2                                                        # the trapezoid rule
         return EppsPulley.apply(x.flatten(0, 1), t, phi, weight).mean()
 
@@ -162,20 +156,20 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
     z        (N, D)  embeddings of length sqrt(D); gradients flow into both members of a pair
     memory   (Q, D)  earlier embeddings, without gradient; the first `filled` (0-d) rows are used
-    returns  scalar  in units of |z_i - z_j|^2 / D: 2 for a collapsed encoder, t^2 / D for a uniform sphere
+    returns  scalar  2 - a soft minimum of |z_i - z_j|^2 / D: 2 if collapsed, t^2 / D for a uniform sphere
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    Averaged over all directions, the Epps-Pulley statistic at t is the mean over all pairs of the same kernel,
-    up to what depends on lengths alone; it is ruled by the most crowded regions. With the logarithm of its own
-    mean, each sample repels its close neighbours with equal weight. (Uniformity, arXiv:2005.10242, with the
-    logarithm inside the mean; the denominator of InfoNCE for targets instead of predictions.)
+    Averaged over all directions, the Epps-Pulley statistic at t is the mean of this kernel over all pairs, up
+    to what depends on lengths alone; crowded regions dominate it. The logarithm is taken for each sample, so
+    that each repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside
+    the mean, or the denominator of InfoNCE for targets instead of predictions.
     """
-    t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
+    column = torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
-    unused = (place >= len(z) + filled) | (place == place[:len(z), None])      # empty rows, and i itself
-    kernel = (-t2 / 2 * squared).masked_fill(unused, -math.inf)
-    return 2 + 2 / t2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
+    unused = (column >= len(z) + filled) | (column == column[:len(z), None])   # empty memory, and i itself
+    kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -math.inf)
+    return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
 class EppsPulley(torch.autograd.Function):
@@ -183,7 +177,7 @@ class EppsPulley(torch.autograd.Function):
 
     As t_k = k t_1, all cosines and sines follow from one of each by angle addition, and so does the gradient,
     2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
-    multiplies complex numbers in place; the compiler, which has none, fuses `multiples`.
+    multiplies complex numbers in place; the compiler does not support them and fuses `multiples` instead.
     """
 
     @staticmethod
@@ -199,7 +193,7 @@ class EppsPulley(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, t, factors = ctx.saved_tensors
-        of_sin, of_cos = factors.unbind(2)  # (V M, T): the error of the cosine multiplies the sine
+        of_sin, of_cos = factors.unbind(2)  # (V M, T): factors of sin and cos; C - phi is that of the sine
         if torch.compiler.is_compiling():
             waves = zip(of_cos.T[..., None], of_sin.T[..., None], *multiples(x, t))
             return 2 * grad[:, None] * sum(a * cos - b * sin for a, b, cos, sin in waves), None, None, None
@@ -213,8 +207,7 @@ class EppsPulley(torch.autograd.Function):
         return dx, None, None, None
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Rows of x in a chunk: as many as fit in a CPU's cache; all of them on a GPU."""
+def chunk_rows(x: Tensor) -> int:                      # as many as fit in a CPU's cache; all of them on a GPU
     return len(x) if x.is_cuda else max(1, (1 << 18) // x.shape[1])
 
 
@@ -228,7 +221,7 @@ def wave_means(x: Tensor, t: Tensor) -> Tensor:
 
 
 def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """cos(t_k x) and sin(t_k x) of each k, for the compiler: in steps of four, because short chains fuse."""
+    """cos(t_k x) and sin(t_k x) of each k, for the compiler, by recurrence over k - 4: short chains fuse."""
     cos, sin = [torch.ones_like(x), torch.cos(t[0] * x)], [torch.zeros_like(x), torch.sin(t[0] * x)]
     for k in range(2, 5):
         cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
@@ -241,13 +234,12 @@ def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
     """(dim, count) unit columns, a function of seed and step alone on each kind of device."""
-    stream = (cfg.seed * 1_000_003 + step) ^ (dim << 40)                       # one stream for each dimension
-    generator = torch.Generator(cfg.device).manual_seed(stream)
+    generator = torch.Generator(cfg.device).manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))
     return F.normalize(torch.randn(dim, count, generator=generator, device=cfg.device), dim=0)
 
 
 class LeJEPALoss(nn.Module):
-    """The objective. Another objective is a module with the same two methods."""
+    """The objective. Another objective is a module that has compute_loss and readout too."""
 
     def __init__(self, model, cfg: Config):
         super().__init__()
@@ -266,17 +258,15 @@ class LeJEPALoss(nn.Module):
     def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
         """SIGReg(z) of the distinct targets (N, D) against the memory; of all z (G, D) without a memory."""
         if len(self.memory) == 0:
-            return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: all inputs, all outputs
+            return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: grids alternate in, out
         value = local_sigreg(targets, self.memory, self.filled)
         if self.training:
             self.memory.copy_(torch.cat([targets.detach(), self.memory])[:len(self.memory)])
             self.filled.add_(len(targets)).clamp_(max=len(self.memory))
         return value
 
-    def readout(self, z: Tensor) -> Tensor:
-        """The embedding that evaluation compares, by Euclidean distance."""
+    def readout(self, z: Tensor) -> Tensor:            # what evaluation compares, by Euclidean distance
         return z
-
 
 # ------------------------------------------------------------------------------------------------- 3 Model
 
@@ -286,32 +276,22 @@ CODES = 4                                      # C: codes of an object, 38 bits 
 DROPOUT = 0.1                                  # of what a transformer block adds
 
 
-def bin_means(levels: int) -> Tensor:
-    """(levels,) the mean of N(0, 1) inside each of `levels` equally likely bins."""
-    edges = torch.special.ndtri(torch.linspace(0, 1, levels + 1, dtype=torch.float64))
-    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    return ((density[:-1] - density[1:]) * levels).float()
-
-
 class GaussianQuantizer(nn.Module):
     """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
-    A number y becomes level floor(L * Phi(y)) of L and is read back as the mean of its bin; the gradient
-    passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
+    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; y - y.detach()
+    is 0 and carries the gradient. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
 
     def __init__(self):
         super().__init__()
-        means = torch.stack([F.pad(bin_means(levels), (0, max(LEVELS) - levels)) for levels in LEVELS])
-        place = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
-        self.register_buffer("means", means.repeat(CODES, 1), persistent=False)  # (m, most levels)
+        radix = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
         self.register_buffer("levels", torch.tensor(LEVELS).repeat(CODES), persistent=False)   # (m,)
-        self.register_buffer("place", torch.tensor(place), persistent=False)                   # (m / C,)
+        self.register_buffer("radix", torch.tensor(radix), persistent=False)                   # (m / C,)
 
     def forward(self, y: Tensor) -> Tensor:
-        """y (U, m) -> (U, m): the mean of each number's bin, with the gradient of y."""
-        mean = self.means[torch.arange(len(self.levels), device=y.device), self.level(y)]
-        return mean + (y - y.detach())
+        """y (U, m) -> (U, m): the median of each number's bin, with the gradient of y."""
+        return torch.special.ndtri((self.level(y) + 0.5) / self.levels) + (y - y.detach())
 
     def level(self, y: Tensor) -> Tensor:
         """The bin of each number (..., m), int64. Clamped, because Phi can round to 1."""
@@ -319,7 +299,7 @@ class GaussianQuantizer(nn.Module):
 
     def indices(self, y: Tensor) -> Tensor:
         """y (U, m) -> codes (U, C), int64 in [0, 768)."""
-        return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.place).sum(-1)
+        return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.radix).sum(-1)
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         """SIGReg of y (N, m) on the published grid; the numbers of each code (C, N, m / C) are one view."""
@@ -327,7 +307,7 @@ class GaussianQuantizer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. For short rows in bf16 on a CPU, 4 times as fast as the fused attention."""
+    """Pre-norm attention and MLP; for short rows in bf16 on a CPU, 4 times as fast as torch's fused form."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -349,12 +329,8 @@ class Block(nn.Module):
 
 
 def embedding_head(inputs: int, size: Size) -> nn.Sequential:
-    norm = nn.BatchNorm1d(size.hidden)                 # in the hidden layer; a plain linear layer is last
+    norm = nn.BatchNorm1d(size.hidden)                 # of the hidden layer; the output is linear
     return nn.Sequential(nn.Linear(inputs, size.hidden), norm, nn.GELU(), nn.Linear(size.hidden, size.dim))
-
-
-def widening(width: int, wider: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wider), nn.GELU())
 
 
 class ObjectHead(nn.Module):
@@ -362,21 +338,16 @@ class ObjectHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.bitmap = nn.Linear(8 * BYTES, width)
-        self.area = nn.Linear(1, width, bias=False)
-        self.whole = nn.Parameter(torch.zeros(width))
-        layers = [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS))]
-        self.mlp = nn.Sequential(nn.GELU(), *layers)
-        nn.init.normal_(self.bitmap.weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
+        self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
+                                 nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y has variance 1: at 0 SIGReg has no gradient
         nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
         """y (U, m) of the distinct shapes."""
         bits = ((grids.bits[:, :, None] >> self.shifts) & 1).flatten(1).float()                # (U, 8 BYTES)
-        area = torch.log1p(bits.sum(1, keepdim=True)) / 3
-        x = self.bitmap(bits) + self.area(area) + grids.whole[:, None] * self.whole
-        return self.mlp(x).float()                                                             # (U, m)
+        return self.mlp(bits).float()                                                          # (U, m)
 
 
 class Encoder(nn.Module):
@@ -389,15 +360,14 @@ class Encoder(nn.Module):
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
-        self.objects, self.quantizer = ObjectHead(size.width), quantizer
-        self.codes_kept = CODES                # in eval mode; 1 reads the first code of each object alone
-        self.symbol = nn.Linear(CODES * len(LEVELS), size.width)
-        self.colour = nn.Embedding(10, size.width)
-        self.box = nn.Embedding(6 * (SIDE + 1), size.width)  # top, left, height, width, bottom, right
-        self.whole = nn.Parameter(torch.randn(size.width) * 0.02)
-        self.widen_symbols = widening(size.width, size.pooled // 2)
-        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
-        self.widen = widening(size.width, size.pooled)
+        width, self.codes_kept = size.width, CODES     # in eval mode, 1 kept code reads the first one alone
+        self.objects, self.quantizer = ObjectHead(width), quantizer
+        self.symbol, self.colour = nn.Linear(CODES * len(LEVELS), width), nn.Embedding(10, width)
+        self.box = nn.Embedding(6 * (SIDE + 1), width)  # top, left, height, width, bottom, right
+        self.whole = nn.Parameter(torch.randn(width) * 0.02)
+        self.widen_symbols = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size.pooled // 2), nn.GELU())
+        self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.encoder_layers))
+        self.widen = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size.pooled), nn.GELU())
         self.projector = embedding_head(5 * size.pooled, size)
         self.widths = {"pooled": 5 * size.pooled, "z": size.dim}
         nn.init.normal_(self.colour.weight, std=0.5)
@@ -405,7 +375,7 @@ class Encoder(nn.Module):
         self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
 
     def forward(self, grids: Grids, layer: str = "z") -> tuple[Tensor, Tensor]:
-        """z (G, D) of the grids, or their pooled symbols (G, 5 P); y (U, m) of their distinct shapes."""
+        """z (G, D) of the grids, or the projector's input (G, 5 P); y (U, m) of their distinct shapes."""
         with record_function("code"):
             y = self.objects(grids)
             code = self.drop_codes(self.quantizer(y))
@@ -418,28 +388,28 @@ class Encoder(nn.Module):
 
     def drop_codes(self, code: Tensor) -> Tensor:
         """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
-        kept, place = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
+        kept, number = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
         if self.training:
             draw = torch.rand(len(code), 2, device=code.device)
             fewer = 1 + ((CODES - 1) * draw[:, 1:]).long()                                     # (U, 1)
             kept = torch.where(draw[:, :1] < self.NESTED, fewer, CODES)
-        return code * (place < kept)
+        return code * (number < kept)
 
     def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
-        """(G, 5 P), a function of the symbols alone: codes (U, m) of distinct shapes, colours and boxes."""
+        """(G, 5 P) from codes (U, m), colours and boxes alone. A grid attends to itself, not to its row."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
-        x = x + grids.whole[grids.object_id][..., None] * self.whole
+        x.view(-1, x.shape[-1])[grids.first] += self.whole
         symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
-        bias = torch.zeros(same_grid.shape, dtype=x.dtype, device=x.device).masked_fill(~same_grid, -math.inf)
+        bias = torch.where(same_grid, 0.0, -math.inf)
         for block in self.blocks:
             x = block(x, bias)                                                                 # (R, L, W)
         return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
 
     def pool(self, x: Tensor, symbols: Tensor, grids: Grids) -> Tensor:
-        """x (R L, P) -> (G, 5 P): whole-grid token and maximum of x, mean and sum of x and of the symbols."""
+        """x (R L, P) -> (G, 5 P): whole-grid token, maximum, mean, sum / 2 sqrt(n) of tokens and symbols."""
         count, owner = len(grids.first), grids.grid.flatten()          # an empty slot has owner G
         both = torch.cat([x, symbols], 1)
         total = both.new_zeros(count + 1, both.shape[1]).index_add(0, owner, both)[:count]
@@ -450,9 +420,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """z_hat of the answer: the analogy, z of the given grid + the mean over demonstrations of z_out - z_in,
-    plus a correction by a transformer over all of them. The order of the demonstrations makes no difference.
-    """
+    """z_hat: the analogy z(given) + mean over demonstrations of z(out) - z(in), plus a learned correction."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -469,22 +437,22 @@ class Predictor(nn.Module):
         given, count = z[:, -1:], z.shape[1] // 2
         shown = z.new_ones(len(z), count, dtype=torch.bool) if shown is None else shown
         pairs = z[:, :-1].unflatten(1, (count, 2))                                     # (B, K, 2, D)
-        queries = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))   # (B, K, W)
+        triples = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))  # (B, K, W)
         tokens = (self.token(pairs) + self.role[:2]).flatten(1, 2)                     # (B, 2 K, W)
-        x = torch.cat([queries, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
-        hidden = torch.cat([~shown, ~shown.repeat_interleave(2, 1), ~shown.any(1, True)], 1)
-        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -math.inf)
+        x = torch.cat([triples, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
+        seen = torch.cat([shown, shown.repeat_interleave(2, 1), shown.new_ones(len(z), 1)], 1)
+        bias = torch.where(seen, 0.0, -math.inf)[:, None, None]
         for block in self.blocks:
-            x = block(x, bias[:, None, None])
+            x = block(x, bias)
         share = shown[..., None] / shown.sum(1)[:, None, None]                         # (B, K, 1)
         change = (share * (pairs[:, :, 1] - pairs[:, :, 0])).sum(1)                    # (B, D)
-        query = (share * self.norm(x[:, :count])).sum(1)                               # (B, W)
-        return given[:, 0] + change + self.head(query).float()
+        x = (share * self.norm(x[:, :count])).sum(1)                                   # (B, W)
+        return given[:, 0] + change + self.head(x).float()
 
 
 class LeJEPA(nn.Module):
     """Encoder and predictor: forward takes a batch, the rest lists of grids; averaged weights in eval."""
-    CHUNK = 512  # grids encoded, and demonstrations predicted from, at once
+    CHUNK = 512  # grids encoded at once; contexts of 3 CHUNK grids are predicted from at once
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -496,13 +464,12 @@ class LeJEPA(nn.Module):
         self.averaged = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
 
     @property
-    def in_use(self) -> tuple[nn.Module, nn.Module]:
-        """The trained encoder and predictor in training, the averaged ones in eval mode."""
+    def in_use(self) -> tuple[nn.Module, nn.Module]:   # trained parts in training, averaged ones in eval mode
         holder = self if self.training else self.averaged
         return holder.encoder, holder.predictor
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct shapes."""
+        """z (G, D) of the grids, z_hat (B, D) of windows, y (U, m) of shapes; batch.index holds rows of z."""
         encoder, predictor = self.in_use
         z, y = encoder(batch.grids)
         with record_function("predictor"):
@@ -510,7 +477,7 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def embed(self, grids: list, layer: str = "z") -> Tensor:
-        """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": what becomes z, (n, 5 P)."""
+        """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": the projector's input, (n, 5 P)."""
         if layer not in self.encoder.widths:
             raise ValueError(f"embed gives layer z or pooled, not {layer!r}")
         x = self._encode(validate_grids(grids), layer)
@@ -527,8 +494,7 @@ class LeJEPA(nn.Module):
                 found.append((codes[first:first + count], boxes[first:first + count]))
         return found
 
-    def code_indices(self, grids: Grids) -> Tensor:
-        """The codes (U, C) of the distinct objects, int64."""
+    def code_indices(self, grids: Grids) -> Tensor:        # (U, C) int64: the codes of the distinct shapes
         encoder, _ = self.in_use
         return encoder.quantizer.indices(encoder.objects(grids))
 
@@ -537,8 +503,9 @@ class LeJEPA(nn.Module):
         """z_hat (n, D) of contexts (in1, out1, ..., ink, outk, given), each with its own k >= 1."""
         contexts = validate_contexts(contexts)
         grids, index = unique_grids([grid for context in contexts for grid in context])
-        z, lengths = self._encode(grids), [len(context) for context in contexts]
-        rows, (_, predictor) = torch.tensor(index, device=z.device).split(lengths), self.in_use
+        (_, predictor), lengths = self.in_use, [len(context) for context in contexts]
+        z = self._encode(grids)
+        rows = torch.tensor(index, device=z.device).split(lengths)
         z_hat = z.new_empty(len(contexts), z.shape[1])
         for length in set(lengths):                    # contexts of one length at a time
             where = [i for i in range(len(contexts)) if lengths[i] == length]
@@ -564,17 +531,15 @@ class LeJEPA(nn.Module):
             yield table.pack_grids(np.arange(first, min(first + self.CHUNK, len(grids))))
 
 
-def build(cfg: Config) -> LeJEPA:
-    """The model of a Config with the weights of its seed, on the CPU."""
+def build(cfg: Config) -> LeJEPA:                      # with the weights of its seed, on the CPU
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return LeJEPA(cfg)
 
-
 # --------------------------------------------------------------------------------------------- 4 Optimizer
 
 WARMUP = 50                                    # steps to the full learning rate, which then stays constant
-AVERAGING_FRACTION = 0.1  # averaged weights: two thirds from this last share of the steps
+AVERAGING_FRACTION = 0.1  # the last tenth of the steps has two thirds of the weight in the averaged weights
 CLIP = 10.0                                    # gradient norm above which a gradient is scaled down
 
 
@@ -583,8 +548,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            is_matrix = p.ndim == 2 and not re.search(r"colour|box|role", name)
-            (matrices if is_matrix else others).append(p)
+            is_table = any(word in name for word in ("colour", "box", "role"))
+            (matrices if p.ndim == 2 and not is_table else others).append(p)
     muon = torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=0.95,
                             adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
@@ -592,21 +557,14 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
 
 @torch.no_grad()
 def update_average(model: LeJEPA, step: int):
-    """Moves the averaged weights and buffers towards those after `step`; after step 0 they are equal.
-
-    Source: polynomial-decay averaging, arXiv:1212.1824, with eta = 1 / AVERAGING_FRACTION - 1.
-    """
+    """Moves the averaged weights towards those after `step`: polynomial-decay averaging, arXiv:1212.1824."""
     share = 1 / (1 + AVERAGING_FRACTION * step)
     trained = model.state_dict()
     for name, average in model.averaged.state_dict().items():
-        if average.is_floating_point():
+        if average.is_floating_point():                # all but BatchNorm's num_batches_tracked
             average.lerp_(trained[name], share)
-        else:
-            average.copy_(trained[name])
-
 
 # ---------------------------------------------------------------------------------------------- 5 Training
-
 
 def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its terms. SIGReg and the loss are computed in fp32, outside autocast."""
@@ -620,7 +578,7 @@ def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dic
 
 
 def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors without a wait."""
+    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors; waits for nothing."""
     torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -629,7 +587,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
     loss, terms = batch_loss(model, batch, step, cfg)
     loss.backward()
     with record_function("optimizer"):
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)  # its value before clipping
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)  # the norm before clipping
         for optimizer in optimizers:
             optimizer.step()
         update_average(model, step)
@@ -637,10 +595,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
 
 
 def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_step=None) -> int:
-    """Trains from step `start` to cfg.steps and returns the number of steps taken.
-
-    after_step(steps done, metrics, batch) logs, evaluates and saves; if it returns true, training ends.
-    """
+    """Trains to cfg.steps, or until after_step(steps done, metrics, batch) is true. Returns steps done."""
     model.train()
     for step in range(start, cfg.steps):
         with record_function("data"):
@@ -650,9 +605,7 @@ def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_s
             return step + 1
     return cfg.steps
 
-
 # ----------------------------------------------------------------------------------------------- 6 Loading
-
 
 def checkpoint_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
@@ -671,13 +624,12 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
             if not path.is_file():
                 raise ValueError("not a regular file" if path.exists() else "no such file")
             with safetensors.safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # no map of it
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the mapped file
                 metadata = dict(file.metadata() or {})
             if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
                 raise ValueError("damaged, or not written by this program: its SHA-256 does not match")
-            for name, value in tensors.items():
-                if not value.isfinite().all():
-                    raise ValueError(f"{name} holds nan or inf")
+            if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+                raise ValueError(f"{bad[0]} holds nan or inf")
             metadata = {name: json.loads(text) for name, text in metadata.items()}
         except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
@@ -698,7 +650,7 @@ def load_run(path) -> tuple[LeJEPA, Config]:
             if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
                 raise ValueError(f"{name} is not {value.dtype} {tuple(value.shape)}")
             value.copy_(tensors[name])
-    except (TypeError, KeyError, ValueError) as error:
+    except (ImportError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: of another version of lejepa.py: {error}") from None
     return model.eval().requires_grad_(False), cfg
 
@@ -706,7 +658,6 @@ def load_run(path) -> tuple[LeJEPA, Config]:
 # --------------------------------------------------------------------------------------------------------
 # The method ends here. What follows is kept for comparison.
 # ------------------------------------------------------------------------------------------------ 7 Legacy
-
 
 class NoQuantizer(nn.Module):
     """No bottleneck: y is passed on unchanged and is not regularised."""
@@ -719,7 +670,6 @@ class NoQuantizer(nn.Module):
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         return y.new_zeros(())
-
 
 class EMAQuantizer(nn.Module):
     """VQ-VAE codebooks, one for each code: moving averages of their members, started from the first batch.
@@ -768,7 +718,6 @@ class EMAQuantizer(nn.Module):
         """Commitment: the squared distance of y to its vector, at weight 0.25 in the loss whatever lam is."""
         return self.weight * (y - self.read(self.indices(y)).detach()).square().mean()
 
-
 class InfoNCE(nn.Module):
     """Contrastive prediction: z_hat is compared with the batch's outputs and a queue of earlier ones.
 
@@ -780,8 +729,9 @@ class InfoNCE(nn.Module):
     def __init__(self, model, cfg: Config, temperature=0.1, coldest=0.05, warmest=0.20):
         super().__init__()
         self.target = copy.deepcopy(model.encoder).requires_grad_(False)
+        self.target.NESTED = 0.0                       # targets have all codes and no dropout noise
         for block in self.target.blocks:
-            block.drop.p = 0.0                         # targets have no dropout noise
+            block.drop.p = 0.0
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.range = coldest, warmest
         self.register_buffer("queue", torch.zeros(self.QUEUE, SIZES[cfg.size].dim))
@@ -814,11 +764,9 @@ class InfoNCE(nn.Module):
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
-
 def relational(a: Tensor, b: Tensor) -> Tensor:
     """Mean square difference of the squared distances inside a (..., S, D) and inside b: grows as scale^4."""
     return (torch.cdist(a, a).square() - torch.cdist(b, b).square()).square().mean()
-
 
 class Relational(LeJEPALoss):
     """LeJEPA, and at weight 0.05 `relational` of the batch's predictions and of their targets."""
@@ -828,7 +776,6 @@ class Relational(LeJEPALoss):
         term = relational(*(x / z.shape[1] ** 0.5 for x in (z_hat, z[batch.index[:, -1]])))
         return loss + 0.05 * term, terms | {"relational": term}
 
-
 class Variants(dict):
     """A table by name. What is not in it stands in legacy.py, which nothing else imports."""
 
@@ -836,21 +783,17 @@ class Variants(dict):
         import legacy
         return legacy.VARIANTS[name]
 
-
 QUANTIZERS = Variants(gaussian=lambda cfg: GaussianQuantizer(), ema=lambda cfg: EMAQuantizer(cfg.lam),
                       none=lambda cfg: NoQuantizer())
 OBJECTIVES = Variants(lejepa=LeJEPALoss, infonce=InfoNCE, relational=Relational)
 PREDICTORS = Variants(analogy=Predictor)
 RECIPES = Variants(method=lambda cfg: (TaskSet, make_optimizers, (math.inf, 0.0)))  # and early stopping
 
-
 # -------------------------------------------------------------------------------------------------- 8 Main
-
 
 def main():
     import harness.run                                 # flags, folders, checkpoints, logs and signals
     harness.run.main()
-
 
 if __name__ == "__main__":
     main()

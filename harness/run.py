@@ -28,32 +28,29 @@ import torch
 import arc_data
 import eval as evaluation
 import lejepa
-from arc_data import TaskSet, TokenTable, make_windows
-from harness import checkpoint, profiling, report
+from arc_data import TaskSet, TokenTable, make_windows, need
+from harness import charts, checkpoint, profiling, report
 from harness.checkpoint import write_file
+from harness.health import add_health, code_statistics, effective_rank
 from lejepa import Config
 
 LOG_EVERY = 10                                 # steps between two log lines
+SAMPLED = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")               # evaluated during training
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
-LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
+LIMITS = {"steps": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, 100), "weight_decay": (0, 100),
           "demonstrations": (1, 16), "lam": (0, 1), "memory": (0, 2**20), "seed": (0, 2**31 - 1)}
-
 # --------------------------------------------------------------------------------------------------- flags
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
-
 
 def make_parser() -> Parser:
     """A flag for each field of Config, with its type, choices and help text."""
     about = "Train LeJEPA with discrete codes on ARC tasks and evaluate it on unseen tasks."
     parser = Parser(prog="lejepa.py", description=about, allow_abbrev=False)
-    defaults = Config()
     for name, hint in typing.get_type_hints(Config, include_extras=True).items():
         hint, text = typing.get_args(hint)
-        default = getattr(defaults, name)
+        default = getattr(Config, name)
         kinds = [part for part in (hint, *typing.get_args(hint)) if part is not types.NoneType]
         literal = [part for part in kinds if typing.get_origin(part) is typing.Literal]
         choices = typing.get_args(literal[0]) if literal else None
@@ -68,16 +65,38 @@ def make_parser() -> Parser:
             parser.add_argument(flag, type=kind, default=default, help=text, choices=choices, metavar=metavar)
     return parser
 
+def add_preset(parser: Parser, flags, argv: list[str] | None):
+    """The flags with those of --preset as defaults; its --legacy stands before the one that is given."""
+    if flags.preset is None:
+        return flags
+    presets, own = lejepa.Variants()["presets"], flags.legacy
+    if flags.preset not in presets:
+        raise ValueError(f"--preset {flags.preset}: choose from {', '.join(presets)}")
+    parser.set_defaults(**presets[flags.preset])
+    flags = parser.parse_args(argv)
+    if own is not None:
+        flags.legacy = f"{presets[flags.preset]['legacy']},{own}"
+    return flags
+
+def uses_legacy(cfg: Config) -> bool:
+    tables = lejepa.QUANTIZERS | lejepa.OBJECTIVES | lejepa.PREDICTORS
+    return bool(cfg.legacy or cfg.faithful or {cfg.code, cfg.objective, cfg.context} - tables.keys())
 
 def parse_flags(argv: list[str] | None = None) -> Config:
     """The Config of a command line. Exits with status 2 and one line for a flag that is wrong or ignored."""
     parser = make_parser()
-    cfg = Config(**vars(parser.parse_args(argv)))
+    try:
+        cfg = Config(**vars(add_preset(parser, parser.parse_args(argv), argv)))
+        if uses_legacy(cfg):
+            lejepa.Variants()["check"](lejepa.resolve_defaults(cfg))
+    except ValueError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError:
+        parser.error("the file legacy.py is not there; leave out --preset, --legacy, --faithful and its choices")
     for name, (low, high) in LIMITS.items():
         value = getattr(cfg, name)
-        high_enough = math.inf if high is None else high
-        if value is not None and not (low <= value <= high_enough and value < math.inf):  # refuses nan too
-            needed = f"at least {low}" if high is None else f"{low} to {high}"
+        if value is not None and not (low <= value <= high and value < math.inf):  # refuses nan too
+            needed = f"at least {low}" if high == math.inf else f"{low} to {high}"
             parser.error(f"--{name.replace('_', '-')} {value}: needs {needed}")
     if cfg.resume and cfg.run is None:
         parser.error("--resume needs --run FOLDER, the run to continue")
@@ -85,18 +104,17 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         parser.error("--resume would be ignored: --profile traces the first steps of a run; leave one out")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; use --device cpu or auto")
-    if cfg.code == "none" and cfg.objective == "infonce" and cfg.lam != Config.lam:
-        parser.error(f"--lam {cfg.lam} would be ignored: --code none with --objective infonce has no SIGReg")
-    if cfg.objective == "infonce" and cfg.memory != Config.memory:
-        parser.error(f"--memory {cfg.memory} would be ignored: --objective infonce has a queue of its own")
-    if cfg.code == "ema" and cfg.lam == 0:
+    codebooks = ("ema", "vq", "gradient", "gumbel")    # whose weight in the loss does not change with lam
+    without_lam = {"infonce": ("none", "fsq"), "sum": ("none", "fsq", *codebooks)}
+    if cfg.code in without_lam.get(cfg.objective, ()) and cfg.lam != Config.lam:
+        parser.error(f"--lam {cfg.lam} would be ignored: --code {cfg.code} with --objective {cfg.objective} "
+                     "has no SIGReg at that weight")
+    if cfg.objective in ("infonce", "sum") and cfg.memory != Config.memory:
+        parser.error(f"--memory {cfg.memory} would be ignored: --objective {cfg.objective} has a queue instead")
+    if cfg.code in codebooks and cfg.lam == 0:
         parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
     return lejepa.resolve_defaults(cfg)
-
-
 # -------------------------------------------------------------------------------------------------- folder
-
-
 @functools.cache
 def commit() -> str:
     """The commit of this checkout, marked -dirty if a tracked file differs from it; empty without git."""
@@ -107,12 +125,10 @@ def commit() -> str:
     except OSError:
         return ""
 
-
 def describe_device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     """Makes and locks the run's folder. A folder with other content is used with --resume or --profile only.
@@ -122,8 +138,7 @@ def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     if cfg.run is None:
         cfg = dataclasses.replace(cfg, run=make_default_folder(cfg))
     folder = Path(cfg.run)
-    if cfg.resume and not folder.is_dir():
-        raise ValueError(f"--resume: there is no folder {cfg.run}")
+    need(folder.is_dir() or not cfg.resume, f"--resume: there is no folder {cfg.run}")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_used(cfg, folder)
     lock = filelock.FileLock(folder / "lock", timeout=0)
@@ -138,7 +153,6 @@ def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
         print(f"the run in {cfg.run} ended before its first checkpoint; it begins again", file=sys.stderr)
     return cfg, lock
 
-
 def make_default_folder(cfg: Config) -> str:
     name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.size}-{cfg.objective}"
     for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
@@ -147,17 +161,13 @@ def make_default_folder(cfg: Config) -> str:
             return name + suffix
     raise ValueError(f"{name} and 998 numbered names after it exist; name a folder with --run")
 
-
 def refuse_used(cfg: Config, folder: Path):
     """ValueError for a folder that this run cannot use, as it is or without --resume."""
-    unused = is_unused(folder)
-    if cfg.resume and unused:
-        raise ValueError(f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
-    if not (unused or cfg.resume or cfg.profile):
-        can_resume = any(folder.glob("*.safetensors"))
-        way_out = ("add --resume to continue it, or " if can_resume else "") + "name another folder"
-        raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
-
+    unused, can_resume = is_unused(folder), any(folder.glob("*.safetensors"))
+    need(not (cfg.resume and unused),
+         f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
+    way_out = "add --resume to continue it, or name another folder" if can_resume else "name another folder"
+    need(unused or cfg.resume or cfg.profile, f"--run {cfg.run} is not empty; {way_out}")
 
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds what a run leaves that ended before its first checkpoint."""
@@ -167,7 +177,6 @@ def is_unused(folder: Path) -> bool:
     if log.is_file() and not log.stat().st_size:
         curves.add("log.jsonl")
     return not names or ("lock" in names and names <= curves | {"lock", "config.json"})
-
 
 def write_config(cfg: Config, compiled: bool):
     """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""
@@ -182,15 +191,27 @@ def write_config(cfg: Config, compiled: bool):
         changed = {name: getattr(cfg, name) for name in checkpoint.FREE_TO_CHANGE if name != "resume"}
         record = checkpoint.read_json(path) | changed | {"compiled": compiled}
     write_file(path, json.dumps(record, indent=1).encode())
-
-
 # ----------------------------------------------------------------------------------------------------- log
-
-
 def eval_interval(cfg: Config) -> int:
     """Steps between two evaluations on unseen tasks, each with a checkpoint: 100, or a 20th of the run."""
     return max(100, cfg.steps // 20)
 
+class EarlyStopping:
+    """is_over: for more than `patience` steps no validation loss was better than the best by `least`."""
+
+    def __init__(self, patience: float, least: float, rows=()):
+        self.patience, self.least = patience, least
+        self.best, self.best_step, self.is_over = math.inf, 0, False
+        for row in rows:
+            self.feed(row["step"], row.get("validation_loss"))
+
+    def feed(self, step: int, loss: float | None) -> bool:
+        """Whether this loss is the best so far. Without patience none is."""
+        is_best = self.patience < math.inf and loss is not None and loss < self.best - self.least
+        if is_best:
+            self.best, self.best_step = loss, step
+        self.is_over = step - self.best_step > self.patience
+        return is_best
 
 class RunLog:
     """The record of a run: lines on the screen, in log.jsonl and TensorBoard; evaluations; checkpoints.
@@ -198,7 +219,8 @@ class RunLog:
     A step's terms belong to the trained weights; figures on tasks, and validation_loss, to the averaged ones.
     """
 
-    def __init__(self, cfg: Config, model, optimizers, tasks, held_out, start: int, state: dict, begin):
+    def __init__(self, cfg: Config, model, optimizers, tasks, held_out, start: int, state: dict, begin,
+                 stopping=(math.inf, 0.0)):
         from torch.utils.tensorboard import SummaryWriter      # slow to import, and only a run needs it
         self.cfg, self.folder, self.model, self.optimizers = cfg, Path(cfg.run), model, optimizers
         self.start, self.saved, self.begin = start, start, begin
@@ -206,7 +228,7 @@ class RunLog:
         self.held_out, self.unseen = held_out, make_windows(held_out)
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
-        self.digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+        self.digest = state["tasks_sha256"]
         self.validation = TaskSet(held_out, cfg.device, cfg.demonstrations, augment=False)
         table = TokenTable(self.unseen.grids, cfg.device, turned=False)
         self.objects = table.pack_grids(np.arange(len(self.unseen.grids)))
@@ -216,7 +238,8 @@ class RunLog:
         self.windows = state["windows"]
         self.mark, self.evaluating = (self.windows, time.monotonic()), 0.0
         self.first_bad = torch.zeros(1, device=cfg.device)  # the first step that is not finite, and its terms
-        self.alerts = report.Alerts(checkpoint.read_log(self.folder) if start else ())
+        rows = checkpoint.read_log(self.folder) if start else ()
+        self.alerts, self.stopping = report.Alerts(rows), EarlyStopping(*stopping, rows)
         self.lines = open(self.folder / "log.jsonl", "a", buffering=1)
         self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
 
@@ -227,11 +250,13 @@ class RunLog:
         due = evaluate or done % LOG_EVERY == 0
         if due or self.signal:
             values = self.read(metrics)                # the only line that waits for the device
+            figures = self.evaluate(done) if evaluate else {}
             if due:
-                self.write(done, values, self.evaluate(done) if evaluate else {})
+                self.write(done, values, figures)
+            is_best = self.stopping.feed(done, figures.get("validation_loss"))
             if evaluate or self.signal or self.alerted:
-                self.save(done)
-        return bool(self.signal or self.alerted)
+                self.save(done, is_best)
+        return bool(self.signal or self.alerted or self.stopping.is_over)
 
     def count(self, step: int, metrics: dict, batch):
         """Adds up what the end reports and keeps the first step that is not finite. Waits for nothing."""
@@ -267,7 +292,8 @@ class RunLog:
         left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
         print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}"
               f"  prediction {values['prediction']:.4f}  sigreg z {values['sigreg_z']:.3f}"
-              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
+              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s"
+              f"  {left / 60:.1f} min left",
               flush=True)
         if figures:
             shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
@@ -281,19 +307,21 @@ class RunLog:
     def evaluate(self, step: int) -> dict:
         """Figures on a sample of the unseen tasks, and on some training tasks (prefixed train_)."""
         begin, model = time.monotonic(), self.model.eval()
-        pool = model.embed([self.unseen.grids[i] for i in self.unseen.outputs]).cpu()
-        figures = evaluation.evaluate_sample(model, self.unseen, pool)
+        pool, seen_pool = (model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
+                           for windows in (self.unseen, self.seen))
+        figures = evaluate_sample(model, self.unseen, pool)
         figures["validation_prediction"] = figures.pop("prediction")
-        seen = evaluation.evaluate_sample(model, self.seen)
+        seen = evaluate_sample(model, self.seen, seen_pool)
         figures |= {"train_" + name: seen[name] for name in ("ndcg10_without_out1", "within_task")}
         figures["validation_loss"] = self.validation_loss()
         is_filled = self.objects.grid < len(self.objects.first)
         ids = self.objects.object_id[is_filled].cpu()          # (n,) of every object
         codes = model.code_indices(self.objects).cpu()[ids]
-        figures |= evaluation.code_statistics(codes.numpy(), lejepa.CODE_SIZE, ids.numpy())
+        size = getattr(model.encoder.quantizer, "size", lejepa.CODE_SIZE)
+        figures |= code_statistics(codes.numpy(), size, ids.numpy())
         for position, column in enumerate(codes.T):
             self.board.add_histogram(f"codes/{position}", column, step, bins=64)
-        image = report.neighbours_image(model, self.unseen, pool)
+        image = charts.neighbours_image(model, self.unseen, pool)
         self.board.add_image("unseen windows", image, step, dataformats="HWC")
         model.train()
         self.evaluating += time.monotonic() - begin
@@ -307,7 +335,7 @@ class RunLog:
             losses = [lejepa.batch_loss(self.model, batch, i, self.cfg)[0] for i, batch in enumerate(batches)]
         return float(torch.stack(losses).mean())
 
-    def save(self, step: int):
+    def save(self, step: int, is_best: bool = False):
         """Writes a checkpoint. What is logged so far is on the disk before it."""
         self.board.flush()
         os.fsync(self.lines.fileno())
@@ -316,7 +344,7 @@ class RunLog:
                  "tasks_sha256": self.digest, "threads": torch.get_num_threads(), "windows": self.windows,
                  "seconds": round(self.seconds(), 3),
                  "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max)}
-        checkpoint.save(self.folder, self.model, self.optimizers, step, self.cfg, commit(), state)
+        checkpoint.save(self.folder, self.model, self.optimizers, step, self.cfg, commit(), state, is_best)
         self.saved = step
 
     def seconds(self) -> float:
@@ -328,11 +356,11 @@ class RunLog:
 
     @torch.no_grad()
     def finish(self, untrained, epoch: int, steps: int) -> dict:
-        """The full evaluation at the end of the run, as result.json, result.png and a block of lines."""
+        """The full evaluation at the end of the run: result.json, result.png, and the closing lines."""
+        if self.stopping.best_step:
+            checkpoint.take_best(self.folder, self.model)
         model = self.model.eval()
-        source = "dev" if self.cfg.validate == "dev" else self.cfg.validate or "the validation tasks"
-        result = evaluation.evaluate(model, untrained, self.held_out, source=source)
-        result = evaluation.result_figures(result)
+        result = result_figures(add_health(model, evaluation.evaluate(model, untrained, self.held_out)))
         rows = checkpoint.read_log(self.folder)
         result |= {"loss": self.validation_loss(), "steps": steps, "windows": self.windows,
                    "epochs": self.windows / epoch,
@@ -342,51 +370,77 @@ class RunLog:
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                    "device": describe_device(self.cfg.device)}
         write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        report.write_result_picture(self.folder, result, rows)
+        charts.write_result_picture(self.folder, result, rows)
         for name, value in result.items():
             if not isinstance(value, dict):
                 print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-        return result
-
-    def summary(self, result: dict) -> str:
-        """The closing lines: the result beside the best baseline, the picture, the next command."""
         value, best = result["ndcg10_without_out1"], result["baseline_ndcg10_without_out1"]
         line = "the unseen tasks are too few for nDCG@10 without out1"
         if value is not None and best is not None:
             line = f"nDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}"
-        return (f"\n{line}\n"
-                f"picture: {self.folder / 'result.png'}\nfull report: python eval.py {self.folder}")
+        print(f"\n{line}\npicture: {self.folder / 'result.png'}")
+        print(f"full report: python eval.py {self.folder}", flush=True)
+        return result
 
+@torch.no_grad()
+def evaluate_sample(model, windows, pool: torch.Tensor, limit: int = 1024, seed: int = 0) -> dict:
+    """Figures of a seeded sample of `limit` windows in the whole pool (P, D), for use during training."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
+    z_hat = model.predict(evaluation.contexts(windows, rows)).float().cpu()
+    every = torch.zeros(len(windows.task), z_hat.shape[1])
+    every[rows] = z_hat
+    space = evaluation.Space(torch.arange(len(pool)), pool, measure=evaluation.euclidean)
+    queries = evaluation.window_queries(windows, torch.from_numpy(rows))
+    values = evaluation.rank(space.by_embedding(every), queries)
+    result = {name: float(values[name].mean()) for name in SAMPLED}
+    target = pool[np.searchsorted(windows.outputs, windows.index[rows, 3])]
+    return result | {"prediction": float((z_hat - target).square().mean()),
+                     "effective_rank_context": effective_rank(z_hat),
+                     "effective_rank_target": effective_rank(target)}
 
+def result_figures(done: evaluation.Evaluation) -> dict:
+    """What result.json takes from an evaluation, flat."""
+    names = (*evaluation.RETRIEVAL, *evaluation.DEMONSTRATIONS, *evaluation.HARD)
+    entries, health = {name: done.metrics[name] for name in names}, done.health
+    result = {name: entry["model"] for name, entry in entries.items()}
+    result |= {name: health[name] for name in ("shuffled_ndcg10_without_out1", "prediction")}
+    for name in ("codes_usage", "codes_perplexity", "codes_ceiling", "codes_n"):
+        result[name] = health["codes"].get(f"{name}_by_occurrence")
+    for role in ("context", "target"):
+        result[f"effective_rank_{role}"] = health[role]["effective_rank"]
+    result |= {name: health["target"][name] for name in ("sigreg_over_null", "sigreg_n")}
+    for name in ("ndcg10_without_out1", "within_task"):
+        result[f"baseline_{name}"] = entries[name]["baselines"].get(charts.best_baseline(entries[name]))
+    result["baselines"] = {row: {name: entry["baselines"][row] for name, entry in entries.items()
+                                 if row in entry["baselines"]} for row in entries["ndcg10"]["baselines"]}
+    result["intervals"] = {name: entry["interval"] for name, entry in entries.items()}
+    return result | {"lead": health["lead"], "validation_windows": done.data["windows"]}
 # ----------------------------------------------------------------------------------------------------- run
-
-
 def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     """Everything else that can fail by what was given, before the first step. Errors say what."""
-    data = TaskSet(tasks, cfg.device, cfg.demonstrations)
+    recipe = "legacy" if cfg.legacy or cfg.faithful else "method"
+    make_data, make_optimizers, stopping = lejepa.RECIPES[recipe](cfg)
+    data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
-    optimizers = lejepa.make_optimizers(model, cfg)
-    start = 0
-    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0}
-    digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+    optimizers = make_optimizers(model, cfg)
+    digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)
+    start, state = 0, {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0, "tasks_sha256": digest}
     if cfg.resume:
         start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
     compiled = cfg.compile and profiling.compile_parts(model, data, cfg)
     write_config(cfg, compiled)
     if cfg.profile:
         return data, model, optimizers, None, 0
-    log = RunLog(cfg, model, optimizers, tasks, held_out, start, state, begin)
+    log = RunLog(cfg, model, optimizers, tasks, held_out, start, state, begin, stopping)
     if not start:
         log.save(0)                                    # so that a run that is killed early can be resumed
     return data, model, optimizers, log, start
 
-
 def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
-    cut = data.table.cut
+    cut = data.table.tokens.cut
     return (f"run folder: {cfg.run}\n{len(tasks)} training tasks, {data.windows} windows; {len(leaks)} tasks "
             f"left out, because they share a pair with a validation task; {len(held_out)} validation tasks\n"
             f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects")
-
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""
@@ -404,8 +458,7 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
             steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
             log.trained = True
             if not log.signal and not log.alerted:
-                result = log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
-                print(log.summary(result), flush=True)
+                log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
         finally:
             log.close()
     except KeyboardInterrupt:
@@ -422,7 +475,6 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
         return 128 + log.signal
     return 0
 
-
 def keep_large_blocks():
     """Makes glibc keep freed blocks, which the kernel would zero again at every step. No effect elsewhere."""
     try:
@@ -432,16 +484,13 @@ def keep_large_blocks():
     mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
     mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take at most 32 MB
 
-
 def quiet_disk_errors(failed):
     """Hides the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
-
 def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
 
 def main():
     begin = time.monotonic()

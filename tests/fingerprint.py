@@ -1,6 +1,6 @@
-"""Whether training still gives the same bits: 60 steps of every quantizer and objective against a record.
+"""Whether training still gives the same bits: 20 steps of every quantizer and objective against a record.
 
-    python tests/fingerprint.py             compare with tests/fingerprints.json; about five minutes
+    python tests/fingerprint.py             compare with tests/fingerprints.json; about two minutes
     python tests/fingerprint.py --write     replace the record, after an intended change of training
 
 A fingerprint is the SHA-256 over the sorted SHA-256 of every tensor that a step changes: weights, averaged
@@ -23,7 +23,7 @@ import lejepa
 from harness.checkpoint import state_of
 
 RECORD = Path(__file__).with_name("fingerprints.json")
-STEPS = 60
+STEPS = 20
 METHODS = [(code, objective) for code in ("gaussian", "ema", "none") for objective in ("lejepa", "infonce")]
 
 
@@ -41,8 +41,8 @@ def fingerprint(tensors: dict) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def train_60_steps(data: arc_data.TaskSet, code: str, objective: str) -> str:
-    """The fingerprint after 60 steps of the default run's training with this code and objective."""
+def train_steps(data: arc_data.TaskSet, code: str, objective: str) -> str:
+    """The fingerprint after 20 steps of the default run's training with this code and objective."""
     cfg = lejepa.Config(steps=STEPS, size="small", device="cpu", code=code, objective=objective)
     cfg = lejepa.resolve_defaults(cfg)
     model = lejepa.build(cfg)
@@ -57,11 +57,11 @@ def compute(methods=METHODS) -> dict[str, str]:
     torch.set_num_threads(1)
     try:
         tasks, _, _ = arc_data.split(lejepa.Config.data, None)
-        data = arc_data.TaskSet(tasks, "cpu")
+        data = arc_data.TaskSet(tasks, "cpu", lejepa.Config.demonstrations)
         found = {}
         for code, objective in methods:
             begin = time.monotonic()
-            found[f"{code}-{objective}"] = train_60_steps(data, code, objective)
+            found[f"{code}-{objective}"] = train_steps(data, code, objective)
             seconds = time.monotonic() - begin
             print(f"{code}-{objective}: {found[f'{code}-{objective}'][:16]} in {seconds:.0f} s", flush=True)
         return found
@@ -88,7 +88,7 @@ def compare() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare 60 training steps with tests/fingerprints.json.")
+    parser = argparse.ArgumentParser(description="Compare 20 training steps with tests/fingerprints.json.")
     parser.add_argument("--write", action="store_true", help="replace the record")
     if parser.parse_args().write:
         return write_record()

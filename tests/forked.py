@@ -22,7 +22,7 @@ import arc_data
 import harness.run
 import lejepa
 from arc_data import TaskSet
-from harness import checkpoint, report
+from harness import charts, checkpoint
 
 TOY = lejepa.Size(16, 2, 1, 1, 32, 32, 16, 32, 1000, 24, 6e-3)
 STEPS, EVAL = 12, 5                            # of a run; an evaluation and a checkpoint every 5 steps
@@ -108,11 +108,12 @@ def short_evaluation(model, untrained, tasks, **options):
 def make_small(evaluates=False):
     if not evaluates:
         harness.run.evaluation.evaluate = short_evaluation
-        harness.run.evaluation.result_figures = dict
+        harness.run.add_health = lambda model, done: done
+        harness.run.result_figures = dict
     lejepa.SIZES["small"] = TOY
     harness.run.eval_interval = lambda cfg: EVAL
     harness.run.LOG_EVERY = 2
-    report.write_result_picture = lambda *args: None   # a picture takes longer than all the rest
+    charts.write_result_picture = lambda *args: None   # a picture takes longer than all the rest
 
 
 def at(step, action):
@@ -232,7 +233,7 @@ def fork():
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
     slow_imports = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"]
-    context.set_forkserver_preload(["forked", "test_recovery", "test_hostile", *slow_imports])
+    context.set_forkserver_preload(["forked", "test_recovery", "test_hostile", "test_run", *slow_imports])
 
     def process(target, *args):
         begun = context.Process(target=target, args=args)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_data
 from arc_data import Task, TaskSet, TokenTable
+from harness import checkpoint
 
 WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612,
            "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
@@ -60,10 +61,9 @@ def objects_of(grids, g):
     """Tokens of grid g of a Grids, the whole grid first: (bitmap, colour, box)."""
     slots = torch.nonzero(grids.grid.flatten() == g).flatten()
     assert grids.first[g] == slots[0] and grids.count[g] == len(slots)
-    ids, boxes = grids.object_id.flatten()[slots], grids.box.flatten(0, 1)[slots]
-    assert grids.whole[ids].tolist() == [True] + [False] * (len(slots) - 1)
-    return [(grids.bits[i].numpy().tobytes(), int(grids.colour[i]), tuple(box))
-            for i, box in zip(ids.tolist(), boxes.tolist())]
+    bits = grids.bits[grids.object_id.flatten()[slots]].numpy()
+    colours, boxes = (part[slots].tolist() for part in (grids.colour.flatten(), grids.box.flatten(0, 1)))
+    return [(image.tobytes(), colour, tuple(box)) for image, colour, box in zip(bits, colours, boxes)]
 
 
 def draw(tokens):
@@ -343,18 +343,11 @@ def test_a_path_that_exists_is_taken_whole_though_it_has_a_comma_or_a_plus(tmp_p
     assert list(arc_data.load_tasks(str(path))) == ["t"]
 
 
-def test_missing_test_outputs_are_counted_in_a_line(tmp_path):
-    path, outputs = challenges(tmp_path)
-    line = arc_data.count_missing(arc_data.load_tasks(str(path)))
-    assert line.startswith("4 test pairs have no output") and "\n" not in line
-    assert arc_data.count_missing(synthetic_tasks(0)) == ""
-
-
 def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_output_alone():
     tasks = synthetic_tasks(0, tasks=3)
-    expected = arc_data.tasks_digest(tasks)
+    expected = checkpoint.tasks_digest(tasks)
     assert re.fullmatch("[0-9a-f]{64}", expected)
-    assert arc_data.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
+    assert checkpoint.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
     first = tasks["task00"]
     given, output = first.train[0]
     cell = given.copy()
@@ -366,7 +359,7 @@ def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_outp
                Task(first.train + first.test, []), Task(first.train, first.test * 2)]
     others = [tasks | {"task00": task} for task in changes]
     others += [dict(reversed(tasks.items())), {i + "x": task for i, task in tasks.items()}]
-    assert len({expected, *map(arc_data.tasks_digest, others)}) == len(others) + 1
+    assert len({expected, *map(checkpoint.tasks_digest, others)}) == len(others) + 1
 
 
 def test_what_real_files_hold_is_accepted(place):
@@ -401,6 +394,7 @@ def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
 # --------------------------------------------------------------------------------------------------- splits
 
 
+@pytest.mark.whole
 def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     tasks, held_out, leaks = arc_data.split("arcagi2:training", None)
     assert (len(tasks), len(held_out), len(leaks), len(set(leaks))) == (623, 400, 377, 377)
@@ -410,6 +404,7 @@ def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     assert len(set(leaks) & set(held_out)) == 376                          # one more by its content
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None),
                                             ("arcagi1:training", "dev"),
                                             ("arcagi1:evaluation", "arcagi2:evaluation")])
@@ -421,6 +416,7 @@ def test_training_and_validation_share_no_task_even_up_to_symmetry_and_colour(ar
     assert leaks
 
 
+@pytest.mark.whole
 def test_a_planted_copy_of_a_validation_task_leaves_though_turned_and_recoloured(arc, tmp_path):
     planted = disguised(arc("arcagi1:evaluation")["00576224"])
     other = synthetic_tasks(3, tasks=1)["task00"]
@@ -656,15 +652,16 @@ def test_packing_loses_no_token_and_overfills_no_row():
         assert len(np.unique(slot // arc_data.SLOTS)) == rows
 
 
-def test_empty_slots_belong_to_no_grid_and_objects_stand_once(noise):
-    table = TokenTable(noise)
-    gathered = table.pack_grids(np.arange(len(noise)).repeat(2))
-    real = int((gathered.grid < 2 * len(noise)).sum())
+def test_empty_slots_belong_to_no_grid_and_a_shape_stands_once_whatever_its_colours(noise):
+    table, count = TokenTable(noise), 2 * len(noise)
+    recolourings = np.array([np.random.default_rng(i).permutation(10) for i in range(count)])
+    gathered = table.pack_grids(np.arange(len(noise)).repeat(2), np.zeros(count, int), recolourings)
+    real = int((gathered.grid < count).sum())
     assert real == int(gathered.count.sum()) == 2 * table.tokens.start[-1]
-    assert set(gathered.grid.flatten().tolist()) <= set(range(2 * len(noise) + 1))
-    objects = [(bits.numpy().tobytes(), int(colour), bool(whole))
-               for bits, colour, whole in zip(gathered.bits, gathered.colour, gathered.whole)]
-    assert len(set(objects)) == len(objects)
+    assert set(gathered.grid.flatten().tolist()) <= set(range(count + 1))
+    shapes = [bits.numpy().tobytes() for bits in gathered.bits]
+    held = {image for g in range(count) for image, _, _ in objects_of(gathered, g)}
+    assert len(set(shapes)) == len(shapes) and held == set(shapes)
 
 
 # -------------------------------------------------------------------------------------------------- batches
@@ -717,25 +714,39 @@ def test_without_augmentation_a_batch_holds_the_grids_as_they_are(crowd):
         assert all((grid.shape, grid.astype(np.int8).tobytes()) in known for grid in grids)
 
 
-def test_the_windows_of_a_batch_are_all_ordered_choices_of_its_pairs(crowd):
-    data = TaskSet(crowd)
-    batch = data.batch(48, 1, 0)
-    index = batch.index.tolist()
-    for first, grids in enumerate(blocks(batch, 2 * data.pairs)):
-        task = next(task for task in crowd.values() if undo(grids, task))
-        distinct = min(len(arc_data.pairs_of(task)), data.pairs)
-        mine = {tuple(row) for row in index if row[0] // (2 * data.pairs) == first}
-        assert len(mine) == distinct * (distinct - 1)
-        pairs = {(grid, grid ^ 1) for row in mine for grid in (row[0], row[2])}
-        assert len({grid % 2 for grid, _ in pairs}) == 1       # one direction: in to out, or out to in
-        assert len(pairs) == distinct
-        assert mine == {one + other for one, other in itertools.permutations(pairs, 2)}
-    assert len({tuple(row) for row in index}) == len(index)
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_windows_are_all_choices_of_a_first_demonstration_and_a_given_pair_with_others_shown(crowd, most):
+    """Each shown demonstration is another pair of the task, found by search, and never the given pair."""
+    data, counts = TaskSet(crowd, demonstrations=most), set()
+    batch = data.batch(240, most, 0)
+    index, shown = batch.index.tolist(), batch.shown.tolist()
+    assert batch.index.shape == (len(index), 2 * most + 2) and batch.shown.shape == (len(index), most)
+    assert batch.shown.dtype == torch.bool
+    each = 2 * data.pairs
+    for first, grids in enumerate(blocks(batch, each)):
+        task, places = next((task, undone[2]) for task in crowd.values() if (undone := undo(grids, task)))
+        number = min(len(arc_data.pairs_of(task)), data.pairs)
+        rows = [(row, mask) for row, mask in zip(index, shown) if row[0] // each == first]
+        assert len({row[0] % 2 for row, _ in rows}) == 1       # one direction: in to out, or out to in
+        choices = []
+        for row, mask in rows:
+            assert all(grid // each == first for grid in row)
+            assert all(output == given ^ 1 for given, output in zip(row[::2], row[1::2]))
+            pairs = [places[given % each // 2] for given in row[::2]]
+            seen = [pair for pair, is_shown in zip(pairs, mask) if is_shown]
+            assert mask[0] and 1 <= len(seen) <= min(most, number - 1)
+            assert len(set(seen)) == len(seen) and pairs[-1] not in seen
+            choices.append((pairs[0], pairs[-1]))
+            counts.add(len(seen))
+        assert sorted(choices) == list(itertools.permutations(sorted(set(places)), 2))
+        assert len(set(places)) == number
+    assert counts == set(range(1, most + 1))
+    assert batch.targets.tolist() == sorted({row[-1] for row in index})
 
 
 def test_tasks_run_forwards_and_backwards_equally_often(crowd):
     data = TaskSet(crowd)
-    first = torch.cat([data.batch(48, 0, step).index[:, 0] for step in range(50)])
+    first = torch.cat([data.batch(48, 0, step).index[:, 0] for step in range(200)])
     assert (first % 2).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -760,10 +771,10 @@ def test_a_batch_holds_as_many_windows_as_were_asked_for(tmp_path):
     assert len(TaskSet(tasks).batch(10, 0, 0).index) == 10
 
 
-def test_random_objects_of_a_batch_are_distinct_objects_of_it(crowd):
+def test_random_shapes_of_a_batch_are_distinct_shapes_of_it(crowd):
     batch = TaskSet(crowd).batch(48, 0, 0)
     assert len(set(batch.object_sample.tolist())) == len(batch.object_sample) <= len(batch.grids.first)
-    assert 0 <= int(batch.object_sample.min()) and int(batch.object_sample.max()) < len(batch.grids.colour)
+    assert 0 <= int(batch.object_sample.min()) and int(batch.object_sample.max()) < len(batch.grids.bits)
 
 
 def test_a_task_set_counts_the_windows_of_its_tasks(arc):
@@ -808,9 +819,14 @@ def test_a_batch_reaches_the_device_in_one_transfer_and_waits_for_nothing(crowd,
 
 
 def test_what_the_model_reads_begins_at_a_multiple_of_16_bytes(crowd):
-    grids, index, object_sample = TaskSet(crowd).batch(48, 0, 0)
-    for part in (index, object_sample, grids.object_id, grids.grid, grids.first, grids.count):
-        assert part.is_contiguous() and part.storage_offset() * part.element_size() % 16 == 0
+    data, counts = TaskSet(crowd), set()
+    for step in range(9):
+        grids, index, _, targets, object_sample = data.batch(48, 0, step)
+        counts |= {len(targets) % 2, len(object_sample) % 2}
+        for part in (index, targets, object_sample, grids.object_id, grids.colour, grids.grid, grids.first,
+                     grids.count):
+            assert part.is_contiguous() and part.storage_offset() * part.element_size() % 16 == 0
+    assert counts == {0, 1}
 
 
 @pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), (torch.device("cuda", 1), True)])
@@ -845,7 +861,7 @@ def test_boxes_are_turned_as_grids_are():
         rows, columns = np.nonzero(arc_data.turn(grid, symmetry))
         expected = [rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1]
         inputs = [torch.tensor(x).view(1, 1, -1) for x in (box, [0, 0, height, width])]
-        got = arc_data._turn_boxes(*inputs, torch.tensor([[symmetry]]))
+        got = arc_data.turn_boxes(*inputs, torch.tensor([[symmetry]]))
         assert got.shape == (1, 1, 4) and got.flatten().tolist() == expected
 
 

@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 import arc_data
 import eval as evaluation
 import lejepa
+from harness import commands, health, run
 
 PUBLISHED = {  # nDCG@10, R@1, nDCG@10 without out1, within-task, on arcagi1:evaluation
     ("copy in2", "raw"): (0.483, 0.442, 0.484, 0.731),
@@ -68,6 +69,11 @@ class Toy:
         return found
 
 
+def evaluate(model, untrained, tasks):
+    """The evaluation with everything that health.json and result.json hold."""
+    return health.add_health(model, evaluation.evaluate(model, untrained, tasks))
+
+
 class Truth(Toy):
     """Knows the right answers, in the order in which they are asked for."""
 
@@ -103,7 +109,7 @@ def hard(windows):
 
 @pytest.fixture(scope="module")
 def done(tasks):
-    return evaluation.evaluate(Toy(), Toy(seed=1), tasks, source="toy tasks", shared=3)
+    return evaluate(Toy(), Toy(seed=1), tasks)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,12 @@ def slow_metrics(scores, queries):
             row["within_task"] = float(all(pool[target] > pool[i] for i in rivals))
             rows.append(row)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def retrieval(query, pool, windows, measure=evaluation.euclidean):
+    """`rank` of the windows for queries (W, D) and embeddings (P, D) of the pool."""
+    space = evaluation.Space(torch.arange(len(pool)), pool, measure=measure)
+    return evaluation.rank(space.by_embedding(query), evaluation.window_queries(windows))
 
 
 def assert_same(got, expected):
@@ -173,14 +185,14 @@ def test_distances_and_cosines_rank_as_in_float64_one_by_one(windows, measure):
     if measure is evaluation.cosine:  # of what is left when the mean of the pool is taken off
         exact = torch.nn.functional.cosine_similarity(q - p.mean(1), p - p.mean(1), dim=2)
     expected = slow_metrics(exact, evaluation.window_queries(windows))
-    assert_same(evaluation.retrieval(query, pool, windows, measure), expected)
+    assert_same(retrieval(query, pool, windows, measure), expected)
 
 
 def test_chunks_do_not_change_a_metric(windows, monkeypatch):
     query, pool = torch.randn(len(windows.task), 8), torch.randn(len(windows.outputs), 8)
-    whole = evaluation.retrieval(query, pool, windows)
+    whole = retrieval(query, pool, windows)
     monkeypatch.setattr(evaluation, "CHUNK", 7)
-    assert_same(evaluation.retrieval(query, pool, windows), whole)
+    assert_same(retrieval(query, pool, windows), whole)
 
 
 def test_grids_with_one_embedding_tie_however_their_scores_are_rounded(windows):
@@ -193,7 +205,7 @@ def test_grids_with_one_embedding_tie_however_their_scores_are_rounded(windows):
     rounded = pool * (1 + 2e-7 * torch.randn(pool.shape, generator=generator))
     assert (rounded != pool).any()
     expected = slow_metrics(exact, evaluation.window_queries(windows))
-    assert_same(evaluation.retrieval(query, rounded, windows), expected)
+    assert_same(retrieval(query, rounded, windows), expected)
 
 
 @pytest.mark.parametrize("value, away", [(0.0, 0.0), (5.0, 0.0), (5.0, 3.0)])  # queries at the point or not
@@ -202,7 +214,7 @@ def test_a_constant_embedding_scores_the_tie_averaged_chance(windows, value, awa
     noise = torch.randn(len(windows.grids), 32, generator=torch.Generator().manual_seed(0))
     z = value * (1 + 2e-7 * noise)  # constant up to rounding
     query = z[windows.index[:, 2]] + away * noise[windows.index[:, 0]]
-    got = evaluation.retrieval(query, z[windows.outputs], windows)
+    got = retrieval(query, z[windows.outputs], windows)
     np.testing.assert_allclose(got["ndcg10"], sum(1 / math.log2(r + 1) for r in range(1, 11)) / items)
     np.testing.assert_allclose(got["r1"], 1 / items)
     leaves = windows.index[:, 1] != windows.index[:, 3]
@@ -237,7 +249,7 @@ def test_embeddings_with_nan_are_refused(windows):
     z = torch.randn(len(windows.grids), 4)
     z[0] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        evaluation.retrieval(z[windows.index[:, 0]], z[windows.outputs], windows)
+        retrieval(z[windows.index[:, 0]], z[windows.outputs], windows)
 
 
 def test_cross_entropy_is_the_least_over_temperatures(windows):
@@ -303,6 +315,7 @@ def test_the_order_of_demonstrations_changes_no_baseline(windows, tests):
         torch.testing.assert_close(score(q)[0], score(turned)[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("source, count, published", [("arcagi1:evaluation", 419, (0.882, 0.860)),
                                                       ("arcagi2:evaluation", 167, (0.831, 0.844))])
 def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, count, published):
@@ -329,6 +342,7 @@ def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, cou
 # -------------------------------------------------------------------------------- baselines
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("query, source", PUBLISHED)
 def test_baselines_of_agi_1_evaluation_are_the_published_ones_within_0_005(real, spaces, query, source):
     _, windows = real
@@ -612,8 +626,8 @@ def test_what_cannot_be_probed_is_left_out(windows):
     assert set(values) == {"task_1nn"} and by_label == {}
     pairs = evaluation.find_pairs(windows, {name: "ab"[i % 2] for i, name in enumerate(windows.task_ids[:9])})
     values, by_label = evaluation.pair_metrics(x, pairs)
-    assert len(values["probe_knn"]) == (pairs.y >= 0).sum() < len(pairs.y)
-    assert len(values["probe_vote"]) == 9 and list(by_label) == ["label"]
+    assert len(values["probe_knn"][0]) == (pairs.y >= 0).sum() < len(pairs.y)
+    assert len(values["probe_vote"][0]) == 9 and list(by_label) == ["label"]
 
 
 # -------------------------------------------------------------------------------- intervals
@@ -677,14 +691,14 @@ def test_effective_rank_of_a_known_spectrum():
     spectrum = np.array([5.0, 3, 1, 1, 0, 0])
     z = torch.from_numpy(4 + axes * np.sqrt(499 * spectrum))
     p = spectrum[:4] / 10
-    assert evaluation.effective_rank(z) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
-    assert evaluation.effective_rank(torch.zeros(10, 6)) == pytest.approx(6)  # only the added 1e-6 I is left
+    assert health.effective_rank(z) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    assert health.effective_rank(torch.zeros(10, 6)) == pytest.approx(6)  # only the added 1e-6 I is left
 
 
 def test_health_equals_its_slow_definition():
     rng = np.random.default_rng(0)
     z = rng.gamma(2.0, size=(300, 6)) * [1, 2, 3, 4, 5, 6]
-    got = evaluation.embedding_health(torch.from_numpy(z))
+    got = health.embedding_health(torch.from_numpy(z))
     values = np.linalg.eigvalsh(np.cov(z.T) + 1e-6 * np.eye(6))
     centred = (z - z.mean(0)) / z.std(0)
     off = np.abs((centred**3).mean(0)).mean() + np.abs((centred**4).mean(0) - 3).mean()
@@ -696,36 +710,36 @@ def test_health_equals_its_slow_definition():
 
 def test_sigreg_over_null_is_1_for_a_gaussian_and_known_for_a_collapse():
     normal = torch.randn(192 * 20, 8, generator=torch.Generator().manual_seed(0))
-    assert evaluation.embedding_health(normal)["sigreg_over_null"] == pytest.approx(1, rel=0.1)
-    collapsed = evaluation.embedding_health(torch.zeros(400, 8))
+    assert health.embedding_health(normal)["sigreg_over_null"] == pytest.approx(1, rel=0.1)
+    collapsed = health.embedding_health(torch.zeros(400, 8))
     assert collapsed["sigreg_over_null"] == pytest.approx(0.40205 * 192 / 1.05246, rel=1e-3)
     assert all(math.isfinite(value) for value in collapsed.values())
 
 
 def test_code_statistics_counted_by_hand():
     codes = np.array([[0, 0], [0, 1], [1, 2], [1, 3]])
-    got = evaluation.code_statistics(codes, 4, np.array([5, 6, 7, 8]))
+    got = health.code_statistics(codes, 4, np.array([5, 6, 7, 8]))
     assert got["codes_usage"] == 0.5 and got["codes_n"] == 4
     assert got["codes_perplexity"] == pytest.approx((2 / 4 + 4 / 4) / 2)
     assert got["codes_ceiling"] == pytest.approx(1)
     with pytest.raises(ValueError, match="0 to 3"):
-        evaluation.code_statistics(codes + 1, 4, np.arange(4))
+        health.code_statistics(codes + 1, 4, np.arange(4))
 
 
 def test_the_ceiling_of_a_heavy_input_worked_by_hand():
     # 6 of 10 are one input: 0.6 > 1/4, a code of its own; then 1 of 4 left against 3 codes: 1 <= 4/3, spread
     entropy = -0.6 * math.log(0.6) - 0.4 * math.log(0.4 / 3)
-    assert evaluation.code_ceiling(np.array([1, 1, 6, 1, 1]), 4) == pytest.approx(math.exp(entropy) / 4)
-    assert evaluation.code_ceiling(np.array([3, 3]), 4) == pytest.approx(0.5)  # two inputs fill two codes
-    assert evaluation.code_ceiling(np.array([7]), 1) == pytest.approx(1)
+    assert health.code_ceiling(np.array([1, 1, 6, 1, 1]), 4) == pytest.approx(math.exp(entropy) / 4)
+    assert health.code_ceiling(np.array([3, 3]), 4) == pytest.approx(0.5)  # two inputs fill two codes
+    assert health.code_ceiling(np.array([7]), 1) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("counts", [(8, 4, 2, 1, 1), (3, 3, 2, 2, 2), (9, 1, 1, 1, 4)])
 def test_no_function_of_the_input_exceeds_the_ceiling(counts):
     assigned = itertools.product(range(3), repeat=len(counts))
-    best = max(evaluation.perplexity(np.bincount(codes, counts, 3)) / 3 for codes in assigned)
-    assert best <= evaluation.code_ceiling(np.array(counts), 3) + 1e-12
-    assert best == pytest.approx(evaluation.code_ceiling(np.array(counts), 3), rel=0.03)  # and comes near
+    best = max(health.perplexity(np.bincount(codes, counts, 3)) / 3 for codes in assigned)
+    assert best <= health.code_ceiling(np.array(counts), 3) + 1e-12
+    assert best == pytest.approx(health.code_ceiling(np.array(counts), 3), rel=0.03)  # and comes near
 
 
 RECOLOURED = {"recoloured": 0.0, "mirrored": 1.0, "transposed": 1.0}
@@ -740,7 +754,7 @@ def test_the_share_of_objects_that_keep_their_codes(sees, kept):
         grid[rng.random(grid.shape) < 0.2] = 1  # one colour, much background
         grids.append(grid)
     model = Toy(sees=sees)
-    got = evaluation.code_health(model, grids, model.codes(grids))
+    got = health.code_health(model, grids, model.codes(grids))
     assert {name: got[f"codes_kept_when_{name}"] for name in kept} == kept
     if sees == ("shape",):  # single cells and other symmetric objects keep theirs, many do not
         assert 0.2 < got["codes_kept_when_mirrored"] < 0.95 and 0.2 < got["codes_kept_when_transposed"] < 0.95
@@ -751,7 +765,7 @@ def test_use_of_codes_by_occurrence_and_by_distinct_object():
     grid[::2, ::2] = 3  # 25 equal cells
     grid[1, 1:3] = 0
     model = Toy(sees=("colour",))
-    got = evaluation.code_health(model, [grid], model.codes([grid]))
+    got = health.code_health(model, [grid], model.codes([grid]))
     assert (got["codes_n_by_occurrence"], got["codes_n_by_distinct"]) == (26, 2)
     assert got["codes_top_share_by_occurrence"] == pytest.approx(25 / 26)
     assert got["codes_top_share_by_distinct"] == 0.5
@@ -761,7 +775,7 @@ def test_use_of_codes_by_occurrence_and_by_distinct_object():
 
 
 def test_a_model_that_knows_the_truth_scores_1(tasks, windows, tests):
-    found = evaluation.evaluate(Truth(windows, tests), None, tasks)
+    found = evaluate(Truth(windows, tests), None, tasks)
     same = {(grid.shape, grid.tobytes()) for grid in windows.grids}
     assert len(same) == len(windows.grids)  # so no two grids have one embedding
     for metric in (*evaluation.RETRIEVAL, *evaluation.DEMONSTRATIONS, *evaluation.HARD):
@@ -785,7 +799,7 @@ def test_a_shuffled_context_is_a_pair_of_another_task(windows):
 def test_a_shuffled_context_costs_a_model_that_ignores_it_nothing(tasks, monkeypatch):
     copy = lambda self, contexts: self.embed([context[-1] for context in contexts])
     monkeypatch.setattr(Toy, "predict", copy)
-    found = evaluation.evaluate(Toy(), Toy(seed=1), tasks)
+    found = evaluate(Toy(), Toy(seed=1), tasks)
     entry = found.metrics["ndcg10_without_out1"]
     assert found.health["shuffled_ndcg10_without_out1"] == entry["model"]  # the same pools
     assert entry["model"] == entry["baselines"]["copy in2, trained"]
@@ -810,8 +824,9 @@ def test_every_metric_has_the_model_and_baselines_and_an_interval_around_the_mod
         assert {*asked, chance} <= set(entry["baselines"]), name
 
 
-def test_the_evaluation_is_json_and_names_its_data(done, windows):
-    text = json.dumps([done.data, done.metrics, done.health], allow_nan=False)
+def test_the_evaluation_is_json_and_names_its_data(done, tasks, windows):
+    data = commands.describe_data(done, "toy tasks", tasks, shared=3)
+    text = json.dumps([data, done.metrics, done.health], allow_nan=False)
     assert json.loads(text)[0] == {
         "source": "toy tasks", "tasks": 24, "windows": len(windows.task), "candidates": len(windows.outputs),
         "shared_with_training": 3,
@@ -826,7 +841,7 @@ def test_the_evaluation_is_json_and_names_its_data(done, windows):
 
 
 def test_result_figures_are_a_flat_selection_with_the_contracts_keys(done):
-    result = json.loads(json.dumps(evaluation.result_figures(done), allow_nan=False))
+    result = json.loads(json.dumps(run.result_figures(done), allow_nan=False))
     names = """ndcg10 ndcg10_without_out1 r1 mrr within_task all_demonstrations shuffled_ndcg10_without_out1
         hard_r1 codes_usage codes_perplexity codes_ceiling codes_n effective_rank_context prediction
         effective_rank_target baseline_ndcg10_without_out1 baseline_within_task baselines intervals lead
@@ -847,16 +862,17 @@ def test_the_best_baseline_without_learning_leaves_the_trained_weights_out(done,
     for metric in ("ndcg10_without_out1", "within_task"):
         entry = done.metrics[metric]
         changed = done.metrics | {metric: entry | {"baselines": entry["baselines"] | {row: 2.0}}}
-        before = evaluation.result_figures(done)[f"baseline_{metric}"]
-        after = evaluation.result_figures(done._replace(metrics=changed))[f"baseline_{metric}"]
+        before = run.result_figures(done)[f"baseline_{metric}"]
+        after = run.result_figures(done._replace(metrics=changed))[f"baseline_{metric}"]
         assert before < 1 and after == (2.0 if counts else before)
 
 
 def test_the_figures_of_a_sample_of_all_windows_are_the_full_ones(windows, done):
-    model, result = Toy(), evaluation.result_figures(done)
-    sample = evaluation.evaluate_sample(model, windows, limit=10**6)
+    model, result = Toy(), run.result_figures(done)
+    pool = model.embed([windows.grids[i] for i in windows.outputs])
+    sample = run.evaluate_sample(model, windows, pool, limit=10**6)
     assert {name: pytest.approx(result[name], rel=1e-5) for name in sample} == sample
-    some = evaluation.evaluate_sample(model, windows, limit=20, seed=5)
+    some = run.evaluate_sample(model, windows, pool, limit=20, seed=5)
     chosen = np.sort(np.random.default_rng(5).permutation(len(windows.task))[:20])
     for name in ("within_task", "r1"):
         assert some[name] == pytest.approx(done.values[name][0][chosen].mean())
@@ -864,10 +880,10 @@ def test_the_figures_of_a_sample_of_all_windows_are_the_full_ones(windows, done)
 
 def test_one_task_is_evaluated_and_has_no_shuffled_control():
     tasks = random_tasks(1, tasks=1)
-    found = evaluation.evaluate(Toy(), Toy(seed=1), tasks)
+    found = evaluate(Toy(), Toy(seed=1), tasks)
     assert found.health["shuffled_ndcg10_without_out1"] is None
     assert found.metrics["probe_vote"] == {"model": None, "baselines": {}, "interval": None, "n": 0}
-    assert evaluation.result_figures(found)["shuffled_ndcg10_without_out1"] is None
+    assert run.result_figures(found)["shuffled_ndcg10_without_out1"] is None
     with pytest.raises(ValueError, match="two tasks"):
         evaluation.shuffle_context(arc_data.make_windows(tasks))
 
@@ -877,22 +893,23 @@ def test_a_model_without_codes_is_evaluated(tasks, monkeypatch):
         counts = np.diff(arc_data.tokenise(grids).start)
         return [(torch.zeros(n, 0, dtype=torch.int64), torch.zeros(n, 4, dtype=torch.int64)) for n in counts]
     monkeypatch.setattr(Toy, "codes", codes)
-    found = evaluation.evaluate(Toy(), Toy(seed=1), tasks)
-    assert found.health["codes"] == {} and evaluation.result_figures(found)["codes_usage"] is None
+    found = evaluate(Toy(), Toy(seed=1), tasks)
+    assert found.health["codes"] == {} and run.result_figures(found)["codes_usage"] is None
     assert not any("codes" in row for row in found.metrics["ndcg10"]["baselines"])
 
 
 def test_data_without_test_outputs_have_no_metric_of_all_demonstrations(tasks):
     hidden = {name: task._replace(test=[(task.test[0][0], None)]) for name, task in tasks.items()}
-    found = evaluation.evaluate(Toy(), None, hidden)
+    found = evaluate(Toy(), None, hidden)
     assert found.metrics["all_demonstrations"]["n"] == 0 and found.metrics["ndcg10"]["n"] > 0
-    assert any("no output" in note for note in found.data["notes"])
+    notes = commands.describe_data(found, "hidden", hidden, None)["notes"]
+    assert any("no output" in note for note in notes)
 
 
 def test_data_without_a_window_are_refused(tasks):
     single = {name: arc_data.Task(task.train[:1], [(task.test[0][0], None)]) for name, task in tasks.items()}
-    with pytest.raises(ValueError, match="the file: no task has two pairs"):
-        evaluation.evaluate(Toy(), None, single, source="the file")
+    with pytest.raises(ValueError, match="no task of the data has two pairs"):
+        evaluate(Toy(), None, single)
 
 
 def test_tasks_of_201_pairs_are_evaluated_by_a_sample_of_their_windows():
@@ -903,5 +920,6 @@ def test_tasks_of_201_pairs_are_evaluated_by_a_sample_of_their_windows():
         tasks[name] = arc_data.Task(pairs[:-1], pairs[-1:])
     windows = arc_data.make_windows(tasks)
     assert windows.capped > 100_000 and len(windows.task) <= 3000
-    found = evaluation.evaluate(Toy(), None, tasks)
-    assert any(f"{windows.capped} windows" in note for note in found.data["notes"])
+    found = evaluate(Toy(), None, tasks)
+    notes = commands.describe_data(found, "large", tasks, None)["notes"]
+    assert any(f"{windows.capped} windows" in note for note in notes)

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 import arc_data
 import eval as evaluation
-from harness import charts, report
+from harness import charts, health, report
 
 NASTY = '<script>alert("x")</script>$\\frac{_'
 LEAD = {metric: (0.01, -0.02, 0.04) for metric in evaluation.COMPARED}
@@ -35,7 +35,7 @@ def make_evaluation(tasks, seed=0, labels=None, codes=2, **data):
     z_hat = z[index[:, 3]] + 2 * torch.randn(
         len(index), 16, generator=torch.Generator().manual_seed(seed + 1)
     )
-    ids, tokens = evaluation.object_ids(windows.grids)
+    ids, tokens = health.object_ids(windows.grids)
     drawn = torch.from_numpy(rng.integers(0, 5, (len(ids), codes)))
     parts = [(drawn[a:b], torch.zeros(b - a, 4)) for a, b in zip(tokens.start[:-1], tokens.start[1:])]
     rows = [
@@ -45,7 +45,7 @@ def make_evaluation(tasks, seed=0, labels=None, codes=2, **data):
     ]
     metrics = {name: entry(0.5, {row: float(rng.random()) for row in rows}) for name in evaluation.METRICS}
     role = {"effective_rank": 40.0, "n": len(index)}
-    health = {
+    figures = {
         "lead": dict.fromkeys(rows, LEAD),
         "probes": {},
         "context": role,
@@ -64,7 +64,7 @@ def make_evaluation(tasks, seed=0, labels=None, codes=2, **data):
         "shared_with_training": 0,
     } | data
     pairs = evaluation.find_pairs(windows, labels)
-    return evaluation.Evaluation(data, metrics, health, windows, z, z_hat, parts, pairs, labels, {})
+    return evaluation.Evaluation(data, metrics, figures, windows, z, z_hat, parts, pairs, labels, {})
 
 
 def make_log(steps=12):
@@ -320,7 +320,7 @@ def test_grids_are_drawn_cell_for_cell_in_the_colours_of_the_key(path, done):
 
 
 def test_symbols_show_each_code_with_its_objects_and_nothing_in_white(done):
-    ids, tokens = evaluation.object_ids(done.windows.grids)
+    ids, tokens = health.object_ids(done.windows.grids)
     codes = torch.cat([codes for codes, _ in done.codes]).numpy()
     found = report.symbols(codes, ids, tokens)
     for card in found:
@@ -467,7 +467,7 @@ def test_neighbours_image_has_a_line_a_window_with_the_nearest_outputs_last(done
 
     windows, pool = done.windows, done.z[done.windows.outputs]
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows.index))[:6])
-    image = report.neighbours_image(Model(), windows, pool)
+    image = charts.neighbours_image(Model(), windows, pool)
     assert image.shape == (6 * 96, 7 * 96, 3) and image.dtype == np.uint8
     nearest = windows.grids[windows.outputs[int((pool - done.z_hat[chosen[2]]).norm(dim=1).argmin())]]
     cell = 90 // max(nearest.shape)
@@ -560,6 +560,7 @@ def test_the_comparison_names_every_run_and_the_difference_from_the_first(tmp_pa
     assert not page.all("script") and len(page.all("img")) == 6 and NASTY in page
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_desktop_or_a_phone(path, tmp_path):
     script = """<body><script>
