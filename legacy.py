@@ -314,7 +314,6 @@ class GRU(Context):
         return state
 
 class Transformer(Context):
-    """Attention among all grids, then their mean."""
     make = staticmethod(lambda size: lejepa.Block(size.width, size.heads))
 
     def pool(self, x: Tensor, here: Tensor) -> Tensor:

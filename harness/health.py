@@ -104,7 +104,8 @@ def code_health(model, grids: list, found: list) -> dict:
         return result
     _, distinct = np.unique(ids, return_index=True)
     for name, rows in (("occurrence", np.arange(len(ids))), ("distinct", distinct)):
-        statistics = code_statistics(codes[rows], CODE_SIZE, ids[rows])
+        size = getattr(model.encoder.quantizer, "size", CODE_SIZE)
+        statistics = code_statistics(codes[rows], size, ids[rows])
         top = max(np.bincount(column).max() for column in codes[rows].T)
         statistics["codes_top_share"] = float(top / len(rows))
         result |= {f"{key}_by_{name}": value for key, value in statistics.items()}

@@ -92,7 +92,7 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError:
-        parser.error("the file legacy.py is not there; leave out --preset, --legacy, --faithful and its choices")
+        parser.error("there is no legacy.py; leave out --preset, --legacy, --faithful and its choices")
     for name, (low, high) in LIMITS.items():
         value = getattr(cfg, name)
         if value is not None and not (low <= value <= high and value < math.inf):  # refuses nan too
@@ -110,7 +110,7 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         parser.error(f"--lam {cfg.lam} would be ignored: --code {cfg.code} with --objective {cfg.objective} "
                      "has no SIGReg at that weight")
     if cfg.objective in ("infonce", "sum") and cfg.memory != Config.memory:
-        parser.error(f"--memory {cfg.memory} would be ignored: --objective {cfg.objective} has a queue instead")
+        parser.error(f"--memory {cfg.memory} would be ignored: --objective {cfg.objective} has a queue")
     if cfg.code in codebooks and cfg.lam == 0:
         parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
     return lejepa.resolve_defaults(cfg)
