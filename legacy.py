@@ -63,11 +63,11 @@ def setting(cfg, name: str):
     value = parse(cfg.legacy).get(name, words[cfg.faithful and name in FAULTS])
     return value == "yes" if DEFAULTS[name] == OFF else value
 
-def check(cfg):
-    """ValueError for a setting or flag that nothing reads; found by building what a run builds."""
+def check(cfg, own: str | None):
+    """ValueError for a setting in `own` that nothing reads; found by building what a run builds."""
     READ.clear()
     recipe(cfg)[1](lejepa.build(dataclasses.replace(cfg, size="small")), cfg)
-    for name in parse(cfg.legacy).keys() - READ:
+    for name in parse(own).keys() - READ:
         raise ValueError(f"--legacy {name} would be ignored: only {READERS[name]} reads it")
 
 # --------------------------------------------------------------------------------------------------- codes

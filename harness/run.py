@@ -66,17 +66,20 @@ def make_parser() -> Parser:
     return parser
 
 def add_preset(parser: Parser, flags, argv: list[str] | None):
-    """The flags with those of --preset as defaults; its --legacy stands before the one that is given."""
+    """The flags with those of --preset as defaults; its --legacy stands before the one that is given.
+
+    Where a flag puts another part in the place of the preset's, the settings of that part are not read.
+    """
     if flags.preset is None:
         return flags
-    presets, own = lejepa.Variants()["presets"], flags.legacy
+    presets = lejepa.Variants()["presets"]
     if flags.preset not in presets:
         raise ValueError(f"--preset {flags.preset}: choose from {', '.join(presets)}")
     parser.set_defaults(**presets[flags.preset])
-    flags = parser.parse_args(argv)
-    if own is not None:
-        flags.legacy = f"{presets[flags.preset]['legacy']},{own}"
-    return flags
+    whole = parser.parse_args(argv)
+    if flags.legacy is not None:
+        whole.legacy = f"{presets[flags.preset]['legacy']},{flags.legacy}"
+    return whole
 
 def uses_legacy(cfg: Config) -> bool:
     tables = lejepa.QUANTIZERS | lejepa.OBJECTIVES | lejepa.PREDICTORS
@@ -86,9 +89,10 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     """The Config of a command line. Exits with status 2 and one line for a flag that is wrong or ignored."""
     parser = make_parser()
     try:
-        cfg = Config(**vars(add_preset(parser, parser.parse_args(argv), argv)))
+        flags = parser.parse_args(argv)
+        cfg = Config(**vars(add_preset(parser, flags, argv)))
         if uses_legacy(cfg):
-            lejepa.Variants()["check"](lejepa.resolve_defaults(cfg))
+            lejepa.Variants()["check"](lejepa.resolve_defaults(cfg), flags.legacy)
     except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError:
@@ -207,7 +211,9 @@ class EarlyStopping:
 
     def feed(self, step: int, loss: float | None) -> bool:
         """Whether this loss is the best so far. Without patience none is."""
-        is_best = self.patience < math.inf and loss is not None and loss < self.best - self.least
+        if loss is None or self.patience == math.inf:
+            return False
+        is_best = loss < self.best - self.least
         if is_best:
             self.best, self.best_step = loss, step
         self.is_over = step - self.best_step > self.patience

@@ -3,6 +3,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import synthetic_tasks
-from forked import TOY, assert_same_bits, refused
+from forked import TOY, assert_same_bits, at, fork, go, refused, start, stop  # noqa: F401
 
 import arc_data
 import harness.run
 import legacy
 import lejepa
+from harness import autopsy
 
 ROOT = Path(__file__).parent.parent
 TASKS = synthetic_tasks(1)
@@ -423,7 +425,7 @@ def test_a_broken_target_sends_no_gradient_into_the_target(target):
 @pytest.mark.parametrize("name", legacy.PRESETS)
 def test_every_preset_builds_is_fully_read_and_takes_steps(name, faithful):
     cfg = config(**legacy_of(name), faithful=faithful)
-    legacy.check(cfg)
+    legacy.check(cfg, cfg.legacy)
     model, optimizers, data, _ = build(**legacy_of(name), faithful=faithful)
     before = {key: value.clone() for key, value in model.named_parameters() if value.requires_grad}
     terms = steps(2, model, optimizers, data, cfg)[-1]
@@ -444,6 +446,8 @@ def test_a_preset_gives_defaults_and_flags_go_before_it():
     cfg = harness.run.parse_flags(words)
     assert (cfg.objective, cfg.code, cfg.lr, cfg.weight_decay) == ("sum", "vq", 0.002, 1e-6)
     assert legacy.setting(cfg, "commitment") == 0.2 and legacy.setting(cfg, "refresh") == 3000
+    other = harness.run.parse_flags([*words[:4], "--code", "gumbel", "--legacy", "optimizer=muon"])
+    assert (other.code, legacy.setting(other, "optimizer")) == ("gumbel", "muon")
 
 
 UNREAD = [("--legacy commitment=0.3", "commitment"), ("--code vq --legacy threshold=0.1", "threshold"),
@@ -481,8 +485,7 @@ STATEFUL = [("--preset", "sixth", "--faithful", "--legacy", "refresh=1500,thresh
 @pytest.mark.parametrize("flags", STATEFUL)
 def test_a_resumed_run_of_a_preset_equals_the_uninterrupted_one_bit_for_bit(go, tmp_path, flags):
     go(tmp_path / "whole", *flags)
-    from forked import at, stop
-    go(tmp_path / "run", *flags, status=130, changes=[lambda: at(7, stop)])
+    go(tmp_path / "run", *flags, status=130, changes=[partial(at, 7, stop)])
     go(tmp_path / "run", *flags, "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
@@ -493,6 +496,41 @@ def test_early_stopping_ends_the_run_with_its_best_weights(go, tmp_path):
     rows = [row for row in harness.run.checkpoint.read_log(tmp_path / "run") if "validation_loss" in row]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30] and "nDCG" in said
     assert lejepa.read_checkpoint(tmp_path / "run")[1]["step"] == 5
+
+
+def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_experiment(
+        go, tmp_path, monkeypatch, capsys):
+    toy_run, out, taken = tmp_path / "toy", tmp_path / "autopsy", []
+    go(toy_run, steps=2, evaluates=True)
+
+    def run(flags, folder):
+        taken.append((folder.name, flags))
+        harness.run.parse_flags([*flags, "--run", str(folder), "--size", "small"])     # which refuses nothing
+        shutil.copytree(toy_run, folder)
+    monkeypatch.setattr(autopsy, "run", run)
+    words = ["--out", str(out), "--steps", "2", "--seeds", "2", "--batch-size", "12"]
+    autopsy.main(words)
+    assert len({name for name, _ in taken}) == len(taken) and ("default-1", "--batch-size") == (
+        taken[1][0], taken[1][1][2])
+    page = (out / "autopsy.md").read_text()
+    for number, (title, runs) in autopsy.EXPERIMENTS.items():
+        assert f"## {number}. {title}" in page and (out / f"experiment{number}.png").stat().st_size > 10_000
+        assert all(f"| {name} (2 seeds) |" in page for name in runs)
+    first = len(taken)
+    shutil.rmtree(out / "infonce-1")
+    autopsy.main([*words, "--only", "6"])
+    assert [name for name, _ in taken[first:]] == ["infonce-1"]
+
+
+@pytest.mark.whole
+def test_the_autopsy_takes_2_steps_of_a_preset_by_the_command_and_continues_one_that_was_cut(task_folder, tmp_path):
+    flags = ["--preset", "gentle", "--faithful", "--data", str(task_folder), "--batch-size", "12", "--size", "small",
+             "--device", "cpu", "--steps", "2"]
+    autopsy.run(flags, tmp_path / "run")
+    result = harness.run.checkpoint.read_json(tmp_path / "run" / "result.json")
+    assert result["steps"] == 2 and result["codes_usage"] is not None
+    with pytest.raises(RuntimeError, match="run ended early"):
+        autopsy.run(["--steps", "0"], tmp_path / "run")
 
 
 @pytest.mark.whole

@@ -1,0 +1,138 @@
+"""Why the recorded runs failed, by runs on this project's data: runs, tables, plots and a page.
+
+    python -m harness.autopsy --out FOLDER [--steps 400] [--seeds 3] [--only 1 4] [flags of lejepa.py ...]
+
+Runs go one after the other into FOLDER. One that has a result is not repeated; one that was interrupted is
+resumed. autopsy.md takes the figures of all that are there: means over seeds, ± half the range.
+"""
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from harness import charts, checkpoint
+from harness.checkpoint import write_file
+
+ROOT = Path(__file__).parent.parent
+FAULTS = ("unit", "relu", "shapeless", "training_mode", "padding", "same_grid", "recolour")
+ALIGNED = "--preset lejepa-aligned --faithful --lr 0.003 --legacy optimizer=muon"
+SUM = "--objective sum --code none --legacy relational=0.025"
+EXPERIMENTS = {  # number: (title, {name of a run: its flags})
+    1: ("SIGReg of embeddings of length 1", {
+        "default": "", "published": "--memory 0", "unit": "--memory 0 --objective broken --legacy unit=yes"}),
+    2: ("The relational loss and the spread of embeddings", {
+        "raw": SUM, "normalised": f"{SUM},normalised=yes", "without": "--objective sum --code none"}),
+    3: ("Codebooks and refreshes", {
+        "default": "", "vq": "--code vq --legacy start=cold",
+        "vq-500": "--code vq --legacy start=cold,refresh=500,threshold=1",
+        "vq-3000": "--code vq --legacy start=cold,refresh=3000,threshold=1"}),
+    4: ("Which fault makes lejepa-aligned collapse", {
+        "faithful": ALIGNED, "faithful-averaged": f"{ALIGNED},target=averaged",
+        "clean": ALIGNED.replace("--faithful ", "")} | {
+        f"without-{fault}": f"{ALIGNED},{fault}=no" for fault in FAULTS} | {
+        "without-vq_loss": f"{ALIGNED},vq_loss=used"}),
+    5: ("What a discrete bottleneck costs", {
+        "none": "--code none", "default": ""} | {
+        code: f"--code {code}" + " --legacy codes=4" * (code in ("vq", "gradient", "gumbel"))
+        for code in ("fsq", "ema", "vq", "gradient", "gumbel")}),
+    6: ("Presets and objectives", {
+        "default": "", "infonce": "--objective infonce", "relational": "--objective relational",
+        "averaged": "--objective broken --legacy target=averaged",
+        "stopped": "--objective broken --legacy target=stopped",
+        "unit-radius": "--objective broken --legacy unit=yes", "relu": "--objective broken --legacy relu=yes"} | {
+        name: f"--preset {name}" for name in (
+            "sixth", "no-vq", "no-refresh", "gentle", "optimized", "production", "v2", "stable-production",
+            "lejepa-aligned", "gumbel", "combined")})}
+COLUMNS = {  # of the tables: heading -> figure of result.json
+    "nDCG@10 without out1": "ndcg10_without_out1", "within-task": "within_task",
+    "all demonstrations": "all_demonstrations", "rank context": "effective_rank_context",
+    "rank target": "effective_rank_target", "usage": "codes_usage", "perplexity": "codes_perplexity",
+    "gradient norm, most": "grad_norm_max", "windows/s": "samples_per_s"}
+CURVES = {  # of the plot of each experiment
+    1: ("sigreg_z", "effective_rank_target"), 2: ("relational", "grad_norm"),
+    3: ("codes_usage", "validation_loss"), 4: ("prediction", "effective_rank_target"),
+    5: ("codes_usage", "loss"), 6: ("ndcg10_without_out1", "within_task")}
+
+def run(flags: list[str], folder: Path):
+    """One run of lejepa.py to its end. RuntimeError if it fails."""
+    resume = ["--resume"] if (folder / "last.safetensors").exists() else []
+    command = [sys.executable, str(ROOT / "lejepa.py"), *flags, "--run", str(folder), *resume]
+    print(" ".join(command), flush=True)
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"{folder.name} ended early; the same command continues it")
+
+def folders(out: Path, flags: str, name: str, seeds: int) -> list[Path]:
+    """The folders of a run's seeds. Equal flags have one folder, whichever experiments name them."""
+    names = {words: other for _, runs in reversed(EXPERIMENTS.values()) for other, words in runs.items()}
+    return [out / f"{names[flags]}-{seed}" for seed in range(seeds)]
+
+def mean(values: list) -> str:
+    """The mean of what is known, and half the range."""
+    known = [value for value in values if charts.number(value) is not None]
+    if not known:
+        return "–"
+    spread = f" ± {(max(known) - min(known)) / 2:.3g}" if len(known) > 1 else ""
+    return f"{np.mean(known):.4g}{spread}"
+
+def table(out: Path, runs: dict, seeds: int) -> str:
+    """A markdown table of the runs of an experiment, a row a run."""
+    lines = ["| run | flags | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name, flags in runs.items():
+        done = [path / "result.json" for path in folders(out, flags, name, seeds)]
+        results = [checkpoint.read_json(path) for path in done if path.exists()]
+        cells = [mean([result.get(key) for result in results]) for key in COLUMNS.values()]
+        lines.append(f"| {name} ({len(results)} seeds) | `{flags or 'default'}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+@charts.styled
+def plot(out: Path, number: int, runs: dict) -> str:
+    """Curves of seed 0 over training, beside those of the recorded `production` where it has them."""
+    keys = CURVES[number]
+    figure = Figure(figsize=(4.6 * len(keys), 3.2))
+    for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
+        for name, flags in runs.items():
+            path = folders(out, flags, name, 1)[0]
+            points = charts.points(checkpoint.read_log(path) if path.exists() else [], key)
+            axis.plot(*zip(*points), label=name) if points else None
+        recorded = charts.RECORDED.get(key)
+        if recorded and axis.lines:
+            last = max(line.get_xdata()[-1] for line in axis.lines)
+            steps = np.array(charts.RECORDED["step"]) * last / charts.RECORDED["step"][-1]
+            axis.plot(steps, recorded, "k:", label="recorded, of 7600 steps")
+        axis.set(title=key, xlabel="step")
+        axis.legend() if axis.lines else None
+    write_file(out / f"experiment{number}.png", charts.png(figure))
+    return f"![{', '.join(keys)}](experiment{number}.png)"
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m harness.autopsy", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the page")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each run (default: 3)")
+    parser.add_argument("--only", type=int, nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
+    args, more = parser.parse_known_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    more = more if "--data" in more or "--validate" in more else ["--validate", "dev", *more]
+    page = ["# Why the recorded runs failed",
+            f"`python -m harness.autopsy --steps {args.steps} --seeds {args.seeds} {' '.join(more)}`"]
+    for number in args.only:
+        title, runs = EXPERIMENTS[number]
+        for name, flags in runs.items():
+            for seed, folder in enumerate(folders(args.out, flags, name, args.seeds)):
+                if not (folder / "result.json").exists():
+                    run([*flags.split(), *more, "--steps", str(args.steps), "--seed", str(seed)], folder)
+        page += [f"## {number}. {title}", table(args.out, runs, args.seeds), plot(args.out, number, runs)]
+        write_file(args.out / "autopsy.md", ("\n\n".join(page) + "\n").encode())
+    print(f"page: {args.out / 'autopsy.md'}")
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"autopsy: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
