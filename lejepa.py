@@ -457,8 +457,7 @@ class LeJEPA(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         size = SIZES[cfg.size]
-        self.encoder = Encoder(size, QUANTIZERS[cfg.code](cfg))
-        self.predictor = PREDICTORS[cfg.context](size)
+        self.encoder, self.predictor = Encoder(size, QUANTIZERS[cfg.code](cfg)), PREDICTORS[cfg.context](size)
         self.objective = OBJECTIVES[cfg.objective](self, cfg)
         parts = {"encoder": self.encoder, "predictor": self.predictor}
         self.averaged = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)

@@ -42,7 +42,8 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
         "default": "", "infonce": "--objective infonce", "relational": "--objective relational",
         "averaged": "--objective broken --legacy target=averaged",
         "stopped": "--objective broken --legacy target=stopped",
-        "unit-radius": "--objective broken --legacy unit=yes", "relu": "--objective broken --legacy relu=yes"} | {
+        "unit-radius": "--objective broken --legacy unit=yes",
+        "relu": "--objective broken --legacy relu=yes"} | {
         name: f"--preset {name}" for name in (
             "sixth", "no-vq", "no-refresh", "gentle", "optimized", "production", "v2", "stable-production",
             "lejepa-aligned", "gumbel", "combined")})}

@@ -1273,7 +1273,9 @@ def test_load_run_of_a_folder_without_a_run_is_a_value_error_of_one_line(tmp_pat
 def test_the_fingerprint_record_names_every_method_and_what_the_bits_depend_on():
     record = json.loads(fingerprint.RECORD.read_text())
     assert set(record) == {"torch", "capability", "dtype", "steps", "sha256"}
-    names = {f"{code}-{objective}" for code in lejepa.QUANTIZERS for objective in lejepa.OBJECTIVES}
+    names = {f"{code}-{objective}" for code, objective in fingerprint.METHODS}
+    assert {name for method in fingerprint.METHODS for name in method} == {
+        *lejepa.QUANTIZERS, *lejepa.OBJECTIVES} - {"relational"}   # LeJEPA and one term
     assert set(record["sha256"]) == names and len(set(record["sha256"].values())) == len(names)
     assert record["dtype"] == lejepa.Config.dtype and record["steps"] == fingerprint.STEPS == 20
 

@@ -96,7 +96,7 @@ BAD_FLAGS = [("--steps 0", "--steps 0"), ("--steps -3", "--steps"), ("--steps ma
              ("--batch-size 0", "--batch-size"), ("--batch-size 1", "--batch-size 1: needs at least 2"),
              ("--weight-decay -1", "--weight-decay"), ("--seed -1", "--seed"), ("--size huge", "huge"),
              ("--seed 99999999999999999999", "--seed"), ("--device tpu", "tpu"), ("--dtype fp8", "fp8"),
-             ("--code fsq", "fsq"), ("--objective byol", "byol"), ("--queue 100", "--queue"),
+             ("--code kmeans", "kmeans"), ("--objective byol", "byol"), ("--queue 100", "--queue"),
              ("--context 5", "--context"), ("--resume", "--run"), ("--step 20", "--step"),
              ("--data", "--data"), ("--code ema --lam 0", "--lam 0"),
              ("--code none --objective infonce --lam 0.2", "--lam"),
