@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from harness import distributed
 from lejepa import Config, checkpoint_digest, read_checkpoint
 
 FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
@@ -159,6 +160,8 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: of another version of lejepa.py: {message}") from None
+    if distributed.rank():
+        return found["step"], found["state"]           # the first rank has done the rest
     say_changes(cfg, found, commit)
     write_file(folder / "log.jsonl", log)
     if path.name != "last.safetensors":
@@ -190,6 +193,10 @@ def say_changes(cfg: Config, found: dict, commit: str):
     if threads != torch.get_num_threads():
         print(f"the checkpoint was written with {threads} threads, this run has {torch.get_num_threads()}: "
               "from here on it no longer equals an uninterrupted run bit for bit", file=sys.stderr)
+    ranks = found["state"].get("ranks", 1)
+    if ranks != distributed.ranks():
+        print(f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: from here "
+              "on it equals an uninterrupted run up to rounding and dropout", file=sys.stderr)
     if found["commit"] != commit:
         print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is "
               f"{commit or 'unknown'}: where they differ, the run no longer equals an uninterrupted one",
