@@ -451,7 +451,7 @@ class TaskSet:
         return Batch(self.table.fill(*arrays), index, shown.bool(), targets, sample)
 
     def draw(self, size: int, seed: int, step: int) -> tuple:
-        """A batch on the host: arguments and result of `arrange`, and between them index, shown and sample."""
+        """A batch on the host: arguments of `arrange`, index, shown, object_sample, result of `arrange`."""
         random = np.random.default_rng([seed, step])
         count = -(-size // (self.pairs * (self.pairs - 1)))                    # tasks, rounded up
         tasks = random.choice(len(self.sizes), count)

@@ -195,8 +195,8 @@ def say_changes(cfg: Config, found: dict, commit: str):
               "from here on it no longer equals an uninterrupted run bit for bit", file=sys.stderr)
     ranks = found["state"].get("ranks", 1)
     if ranks != distributed.ranks():
-        print(f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: from here "
-              "on it equals an uninterrupted run up to rounding and dropout", file=sys.stderr)
+        print(f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: from "
+              "here on it equals an uninterrupted run up to rounding and dropout", file=sys.stderr)
     if found["commit"] != commit:
         print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is "
               f"{commit or 'unknown'}: where they differ, the run no longer equals an uninterrupted one",

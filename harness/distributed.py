@@ -2,8 +2,6 @@
 
 Each process, a rank, draws the same batch, encodes the grids of its own tasks, and computes the loss of the
 whole batch. DistributedDataParallel averages the gradients, so all ranks hold the same weights, bit for bit.
-
-    W ranks   G, U, y, z as in lejepa.py, of one rank   N targets of the whole batch
 """
 import contextlib
 import dataclasses
@@ -24,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from arc_data import Batch, TaskSet, upload
 from lejepa import Config, EppsPulley
 
-PATIENCE = 20                                  # seconds from a signal to the end of a rank that waits for others
-store = None                                   # what the ranks tell each other outside of a step
+PATIENCE = 20                                  # seconds from a signal to the end of a rank that is stuck
+store = None                                   # what ranks tell each other outside of a step
 
 # ------------------------------------------------------------------------------------------------ processes
 
@@ -39,41 +37,27 @@ def ranks() -> int:
 
 
 def start(cfg: Config, url: str = "env://"):
-    """Joins the processes that torchrun began; nothing happens for a single one. ValueError for bad flags."""
+    """Joins the processes that torchrun began. For a single one nothing happens. ValueError for bad flags."""
     global store
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if cfg.objective == "infonce" or cfg.code == "ema":
-        given = "--objective infonce" if cfg.objective == "infonce" else "--code ema"
-        raise ValueError(f"{given} trains in one process alone; leave torchrun out")
-    if cfg.profile:
-        raise ValueError("--profile traces one process alone; leave torchrun out")
+    given = {"--objective infonce": cfg.objective == "infonce", "--code ema": cfg.code == "ema",
+             "--profile": cfg.profile}
+    for flag in (flag for flag, used in given.items() if used):
+        raise ValueError(f"{flag} works in one process alone; leave torchrun out")
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if cfg.device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs, and each "
-                             "process needs its own")
+        if local >= gpus:
+            raise ValueError(f"--nproc-per-node: each process needs a GPU, and this machine has {gpus}")
         torch.cuda.set_device(local)
     store, number, count = next(dist.rendezvous(url))
-    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", store=store, rank=number,
+    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", None, store=store, rank=number,
                             world_size=count)
-    if number:
-        sys.stdout = open(os.devnull, "w")
     end_when_stuck()
 
 
-@contextlib.contextmanager
-def one_voice():
-    """Inside it, ranks other than the first print no error: all of them find the same."""
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", 0)):
-            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        yield
-
-
 def end_when_stuck():
-    """Ends this process PATIENCE seconds after a signal, also inside an operation that waits for a lost rank."""
+    """Ends a rank PATIENCE seconds after a signal even where it waits, outside of Python, for a lost rank."""
     inlet, outlet = socket.socketpair()
     outlet.setblocking(False)
     signal.set_wakeup_fd(outlet.fileno(), warn_on_full_buffer=False)
@@ -81,20 +65,31 @@ def end_when_stuck():
     def watch():
         inlet.recv(1)
         time.sleep(PATIENCE)
-        report("stopped by a signal while it waited for another process; the checkpoint is kept")
+        report("stopped by a signal while it waited for another process; the last checkpoint is kept")
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def one_voice():
+    """Ranks other than the first print no result, and inside it no error: all of them find the same."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    sys.stdout = open(os.devnull, "w")
+    with contextlib.redirect_stderr(sys.stdout):
+        yield
+
+
 def is_lost_rank(error: Exception) -> bool:
     """Whether an operation failed because another rank ended or cannot be reached."""
-    return ranks() > 1 and isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 def report(line: str):
-    """Prints an error, once for all ranks: the first to find it prints it."""
+    """Prints an error once for all ranks: the first that finds one prints it."""
     try:
-        first = store is None or store.add("reported", 1) == 1
+        first = store.add("reported", 1) == 1
     except RuntimeError:                               # the store ended with the launcher
         first = True
     if first:
@@ -112,20 +107,19 @@ def share_folder(cfg: Config) -> Config:
 
 @contextlib.contextmanager
 def first_rank_first():
-    """The first rank does what stands inside; then the others do, on the files that it left."""
+    """The first rank does what stands inside; then the others do, with the files that it left."""
     if rank():
         store.wait(["first rank"])
     yield
-    if store and not rank():
+    if ranks() > 1:
         store.set("first rank", "done")
 
 
 def agree(stop: int, alerted: bool, device: str) -> tuple[int, bool]:
     """The highest signal number of all ranks, and whether one of them has an alert. Waits for the device."""
-    if ranks() == 1:
-        return stop, alerted
     flags = torch.tensor([stop, alerted], device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    if ranks() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
     stop, alerted = flags.tolist()
     return stop, bool(alerted)
 
@@ -134,13 +128,11 @@ def agree(stop: int, alerted: bool, device: str) -> tuple[int, bool]:
 
 
 class Part(Batch):
-    """A rank's part of a batch. `targets` are those of all ranks, in the rows of z and then of `gathered`.
+    """A rank's part of a batch. `targets` are those of all ranks, in the rows of z and of what is gathered.
 
-    Two more fields: `sent` (most,) this rank's own targets, repeated up to the most that a rank has, and
-    `windows`, the number of windows of all ranks.
+    Two more fields: `sent`, this rank's own targets, repeated up to the most that a rank has, and `windows`,
+    the number of windows of all ranks.
     """
-    sent: Tensor
-    windows: int
 
 
 class RankTasks(TaskSet):
@@ -153,20 +145,20 @@ class RankTasks(TaskSet):
         owner = (np.arange(tasks) * ranks() // tasks).repeat(2 * self.pairs)   # the rank of each grid
         first, end = np.searchsorted(owner, [rank(), rank() + 1])              # this rank's grids
         slots, distinct = arrays[0], arrays[3]
-        real = slots[3] < len(grids)
+        filled = slots[3] < len(grids)
         holder = np.full(len(distinct), ranks())
-        np.minimum.at(holder, slots[0][real], owner[slots[3][real]])           # the first rank of each shape
+        np.minimum.at(holder, slots[0][filled], owner[slots[3][filled]])       # the first rank of each shape
         arrays = self.table.arrange(grids[first:end], symmetry[first:end], colours[first:end])
         sample = np.searchsorted(arrays[3], distinct[sample[holder[sample] == rank()]])
         place = owner[index[:, -1]]                                            # the rank of each window
-        own = [np.unique(index[place == r, -1]) for r in range(ranks())]       # the targets of each rank
-        most = max(map(len, own))
-        rows = [end - first + r * most + np.arange(len(own[r])) for r in range(ranks())]
-        rows[rank()] = own[rank()] - first
-        mine = [index[place == rank()] - first, shown[place == rank()], np.concatenate(rows), sample,
-                np.resize(rows[rank()], most), *arrays]
-        index_, shown, targets, sample, sent, *arrays = upload(mine, self.table.device)
-        part = Part(self.table.fill(*arrays), index_, shown.bool(), targets, sample)
+        targets = [np.unique(index[place == r, -1]) for r in range(ranks())]
+        most = max(map(len, targets))
+        rows = [end - first + r * most + np.arange(len(targets[r])) for r in range(ranks())]
+        rows[rank()] = targets[rank()] - first
+        own, sent = place == rank(), np.resize(rows[rank()], most)
+        arrays = [index[own] - first, shown[own], np.concatenate(rows), sample, sent, *arrays]
+        part_index, shown, targets, sample, sent, *arrays = upload(arrays, self.table.device)
+        part = Part(self.table.fill(*arrays), part_index, shown.bool(), targets, sample)
         part.sent, part.windows = sent, len(index)
         return part
 
@@ -181,9 +173,9 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        away = x.float() - self.running_mean           # so that no digits are lost where a mean is large
-        sums = torch.cat([away.sum(0), away.square().sum(0), away.new_full((1,), len(x))])
-        sums = all_reduce(sums)                        # so is its gradient
+        away = x.float() - self.running_mean           # near 0, so that squares lose no digits
+        sums = [away.sum(0), away.square().sum(0), away.new_full((1,), len(x))]
+        sums = all_reduce(torch.cat(sums))             # and so is the gradient
         count = sums[-1].detach()
         mean, square = (sums[:-1] / count).chunk(2)
         variance = square - mean.square()
@@ -202,69 +194,58 @@ def pool(means: Tensor, count: int) -> tuple[Tensor, Tensor]:
     sums = torch.cat([count * means.flatten(), means.new_full((1,), count)])
     dist.all_reduce(sums)
     count = sums[-1] - 2 * ranks()
-    is_cos = 1 - torch.arange(2, device=means.device)
-    return (sums[:-1].view_as(means) - 2 * ranks() * is_cos) / count, count
-
-
-def with_zeros(x: Tensor, rows: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(rows, x.shape[1])])
+    of_zeros = 2 * ranks() * (1 - torch.arange(2, device=means.device))
+    return (sums[:-1].view_as(means) - of_zeros) / count, count
 
 
 class Replica(DistributedDataParallel):
-    """The model on one rank, for `train`: the loss of all ranks' windows, with its gradient averaged over them.
-
-    It is its own objective: what the loss needs of other ranks is put beside what this rank has.
-    """
+    """The model on one rank, for `train`. It is its own objective: it puts what other ranks have beside what
+    this one has, and the model's objective finds the loss of the whole batch."""
     objective = property(lambda self: self)
     averaged = property(lambda self: self.module.averaged)
+    state_dict = property(lambda self: self.module.state_dict)
+    load_state_dict = property(lambda self: self.module.load_state_dict)
 
-    def forward(self, batch: Part):
+    def forward(self, part: Part):
         torch.manual_seed(torch.initial_seed() + (rank() << 40))               # dropout differs by rank
-        return super().forward(batch)
-
-    def state_dict(self, *args, **kwargs):
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args, **kwargs):
-        return self.module.load_state_dict(*args, **kwargs)
+        return super().forward(part)
 
     def compute_loss(self, _, part: Part, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss of the whole batch, on every rank, and its terms. Gradients flow into this rank's part.
-
-        DDP divides by the number of ranks, so gradients are multiplied by it.
-        """
+        """The loss of the whole batch and its terms, on every rank. Gradients flow into this rank's part and
+        are multiplied by the number of ranks, because DDP divides by it."""
         objective, own = self.module.objective, z[part.sent].detach()
         if len(objective.memory):
             gathered = own.new_empty(ranks() * len(own), own.shape[1])
             dist.all_gather_into_tensor(gathered, own)
             z, targets = torch.cat([z, gathered]), part.targets
-        else:
-            z, targets = with_zeros(z, 4), part.sent   # two inputs and two outputs; no targets are tested
-        y = with_zeros(y, 2)
+        else:                                          # all inputs and all outputs are tested, no targets
+            z, targets = torch.cat([z, z.new_zeros(4, z.shape[1])]), part.sent
+        y = torch.cat([y, y.new_zeros(2, y.shape[1])])
         sample = torch.cat([part.object_sample, torch.arange(len(y) - 2, len(y), device=y.device)])
         batch = Batch(part.grids, part.index, part.shown, targets, sample)
         alone, EppsPulley.pool = EppsPulley.pool, pool
         try:
-            loss, terms = objective.compute_loss(self.module, batch, z, z_hat, y, directions, code_directions, lam)
+            inputs = z, z_hat, y, directions, code_directions, lam
+            loss, terms = objective.compute_loss(self.module, batch, *inputs)
         finally:
             EppsPulley.pool = alone
-        mine, share = terms["prediction"], len(z_hat) / part.windows
-        prediction = share * mine.detach()
+        own, share = terms["prediction"], len(z_hat) / part.windows
+        prediction = share * own.detach()
         dist.all_reduce(prediction)
-        mine = loss + (1 - lam) * (share - 1) * mine   # the gradients of `mine` add up over ranks
-        value = (loss + (1 - lam) * (prediction - terms["prediction"])).detach()
+        mine = loss + (1 - lam) * (share - 1) * own    # the gradients of `mine` add up over ranks
+        value = (loss + (1 - lam) * (prediction - own)).detach()
         return value + ranks() * (mine - mine.detach()), terms | {"prediction": prediction}
 
 
-def replicate(model, data: RankTasks, cfg: Config):
-    """The model as `train` takes it: itself for one process."""
+def replicate(model, data: TaskSet, cfg: Config):
+    """The model as `train` takes it: itself for one process. ValueError for a batch of too few tasks."""
     if ranks() == 1:
         return model
     windows = data.pairs * (data.pairs - 1)            # of a task
     if -(-cfg.batch_size // windows) < ranks():
-        raise ValueError(f"--batch-size {cfg.batch_size}: {ranks()} processes need a task each; give at least "
-                         f"{windows * (ranks() - 1) + 1}")
+        raise ValueError(f"--batch-size {cfg.batch_size}: {ranks()} processes need a task each; give at "
+                         f"least {windows * (ranks() - 1) + 1}")
     for part in model.modules():
         if type(part) is nn.BatchNorm1d:
-            part.__class__ = BatchNorm                 # the parameters stay, with the optimizer that has them
+            part.__class__ = BatchNorm                 # its parameters stay, and so does the optimizer
     return Replica(model, broadcast_buffers=False)

@@ -1,4 +1,4 @@
-"""Several processes train as one: the loss, its gradient, the weights and the run are those of one process."""
+"""Several processes train as one: loss, gradient, weights and the run are those of one process."""
 import contextlib
 import os
 import shutil
@@ -38,7 +38,7 @@ def toy_size():
 
 
 def tasks():
-    return synthetic_tasks(0, pairs=(2, 6), side=(1, 5), colours=3)            # many shapes are on several ranks
+    return synthetic_tasks(0, pairs=(2, 6), side=(1, 5), colours=3)            # ranks share many shapes
 
 
 def as_rank(number, count, folder):
@@ -94,7 +94,7 @@ def measure():
         cfg = lejepa.Config(**FLAGS, memory=memory)
         data = (arc_data.TaskSet if distributed.ranks() == 1 else distributed.RankTasks)(tasks())
         model = distributed.replicate(lejepa.build(cfg).double(), data, cfg)
-        found["loss", memory] = [random_loss(model, data, cfg) for _ in range(2)]          # the memory empty, then not
+        found["loss", memory] = [random_loss(model, data, cfg) for _ in range(2)]  # then with a memory
         found["steps", memory] = two_steps(cfg)
     return found
 
@@ -228,7 +228,8 @@ def test_a_run_of_two_ranks_stopped_by_a_signal_to_one_resumes_bit_for_bit_or_on
                                             (["--code", "ema"], "leave torchrun out"),
                                             (["--profile"], "leave torchrun out"),
                                             (["--batch-size", "6"], "give at least 7")])
-def test_what_ranks_cannot_do_is_refused_in_one_line(monkeypatch, capsys, tmp_path, task_folder, flags, way_out):
+def test_what_ranks_cannot_do_is_refused_in_one_line(
+        monkeypatch, capsys, tmp_path, task_folder, flags, way_out):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "ranks", lambda: 2)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
