@@ -176,6 +176,11 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
     return 2 + 2 / t2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
+def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:
+    """Means over `count` samples: of one process. harness/distributed.py pools those of several."""
+    return means, count
+
+
 class EppsPulley(torch.autograd.Function):
     """N * sum_k w_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
 
@@ -184,15 +189,13 @@ class EppsPulley(torch.autograd.Function):
     multiplies complex numbers in place; the compiler, which has none, fuses `multiples`. Both are 4 times as
     fast as the plain formula and take O(N M) memory instead of O(T N M).
     """
-    pool = staticmethod(lambda means, count: (means, count))  # over processes: see harness/distributed.py
-
     @staticmethod
     def forward(ctx, x, t, phi, weight):
         if torch.compiler.is_compiling():
             means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x, t)], 2)
         else:
             means = torch.cat([wave_means(rows, t) for rows in x.split(chunk_rows(x))])
-        means, count = EppsPulley.pool(means, x.shape[1])
+        means, count = pool_means(means, x.shape[1])
         error = means - torch.stack([phi, torch.zeros_like(phi)], 1)           # (V M, T, 2): C - phi and S
         ctx.save_for_backward(x, t, (weight * t)[:, None] * error)
         return count * (weight[:, None] * error.square()).sum((1, 2))

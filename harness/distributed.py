@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
+import lejepa
 from arc_data import Batch, TaskSet, upload
-from lejepa import Config, EppsPulley
+from lejepa import Config
 
 PATIENCE = 20                                  # seconds from a signal to the end of a rank that is stuck
 store = None                                   # what ranks tell each other outside of a step
@@ -166,6 +166,20 @@ class RankTasks(TaskSet):
 # ---------------------------------------------------------------------------------------------------- model
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of x over all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return SumOverRanks.forward(ctx, grad)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm with the statistics of all ranks. torch.nn.SyncBatchNorm takes no CPU tensors."""
 
@@ -175,7 +189,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         away = x.float() - self.running_mean           # near 0, so that squares lose no digits
         sums = [away.sum(0), away.square().sum(0), away.new_full((1,), len(x))]
-        sums = all_reduce(torch.cat(sums))             # and so is the gradient
+        sums = SumOverRanks.apply(torch.cat(sums))
         count = sums[-1].detach()
         mean, square = (sums[:-1] / count).chunk(2)
         variance = square - mean.square()
@@ -186,7 +200,7 @@ class BatchNorm(nn.BatchNorm1d):
         return ((away - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
-def pool(means: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pool_means(means: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Means (V M, T, 2) of cos and sin over the samples of all ranks, and their number.
 
     A rank has two samples of 0 beside its own, so that it has some: their cos is 1 and their sin is 0.
@@ -216,19 +230,19 @@ class Replica(DistributedDataParallel):
         objective, own = self.module.objective, z[part.sent].detach()
         if len(objective.memory):
             gathered = own.new_empty(ranks() * len(own), own.shape[1])
-            dist.all_gather_into_tensor(gathered, own)
+            dist.all_gather_single(gathered, own)
             z, targets = torch.cat([z, gathered]), part.targets
         else:                                          # all inputs and all outputs are tested, no targets
             z, targets = torch.cat([z, z.new_zeros(4, z.shape[1])]), part.sent
         y = torch.cat([y, y.new_zeros(2, y.shape[1])])
         sample = torch.cat([part.object_sample, torch.arange(len(y) - 2, len(y), device=y.device)])
         batch = Batch(part.grids, part.index, part.shown, targets, sample)
-        alone, EppsPulley.pool = EppsPulley.pool, pool
+        alone, lejepa.pool_means = lejepa.pool_means, pool_means
         try:
             inputs = z, z_hat, y, directions, code_directions, lam
             loss, terms = objective.compute_loss(self.module, batch, *inputs)
         finally:
-            EppsPulley.pool = alone
+            lejepa.pool_means = alone
         own, share = terms["prediction"], len(z_hat) / part.windows
         prediction = share * own.detach()
         dist.all_reduce(prediction)
@@ -248,4 +262,4 @@ def replicate(model, data: TaskSet, cfg: Config):
     for part in model.modules():
         if type(part) is nn.BatchNorm1d:
             part.__class__ = BatchNorm                 # its parameters stay, and so does the optimizer
-    return Replica(model, broadcast_buffers=False)
+    return Replica(model, forward_sync_buffers=False)
