@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -58,12 +57,12 @@ def start(cfg: Config, url: str = "env://"):
 
 def end_when_stuck():
     """Ends a rank PATIENCE seconds after a signal even where it waits, outside of Python, for a lost rank."""
-    inlet, outlet = socket.socketpair()
-    outlet.setblocking(False)
-    signal.set_wakeup_fd(outlet.fileno(), warn_on_full_buffer=False)
+    inlet, outlet = os.pipe()
+    os.set_blocking(outlet, False)
+    signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
 
     def watch():
-        inlet.recv(1)
+        os.read(inlet, 1)
         time.sleep(PATIENCE)
         report("stopped by a signal while it waited for another process; the last checkpoint is kept")
         os._exit(1)
