@@ -1,4 +1,4 @@
-"""Several processes train as one: `torchrun --nproc-per-node N lejepa.py ...`, NCCL on GPUs and gloo on CPUs.
+"""Several processes train as one: `torchrun --nproc-per-node N -- lejepa.py ...`, by NCCL or gloo.
 
 Each process, a rank, draws the same batch, encodes the grids of its own tasks, and computes the loss of the
 whole batch. DistributedDataParallel averages the gradients, so all ranks hold the same weights, bit for bit.
@@ -88,7 +88,7 @@ def is_lost_rank(error: Exception) -> bool:
 def report(line: str):
     """Prints an error once for all ranks: the first that finds one prints it."""
     try:
-        first = store.add("reported", 1) == 1
+        first = store is None or store.add("reported", 1) == 1
     except RuntimeError:                               # the store ended with the launcher
         first = True
     if first:

@@ -240,11 +240,40 @@ def test_what_ranks_cannot_do_is_refused_in_one_line(
     assert way_out in line
 
 
+def test_torchrun_with_one_process_is_a_plain_run(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = lejepa.Config(**FLAGS, objective="infonce")
+    distributed.start(cfg)
+    model = torch.nn.BatchNorm1d(4)
+    assert distributed.replicate(model, None, cfg) is model and type(model) is torch.nn.BatchNorm1d
+    assert (distributed.rank(), distributed.ranks()) == (0, 1) and not dist.is_initialized()
+
+
+def wait_forever(folder):
+    """A wait outside of Python for a rank that never comes, as in an all-reduce."""
+    sys.stderr = open(f"{folder}/said.txt", "w")
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    distributed.PATIENCE = 1
+    distributed.end_when_stuck()
+    Path(f"{folder}/ready").touch()
+    dist.FileStore(f"{folder}/store", 2).wait(["never"])
+
+
+def test_a_rank_that_waits_for_a_lost_one_ends_after_a_signal(fork, tmp_path):
+    process = fork(wait_forever, tmp_path)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 1 and (tmp_path / "said.txt").read_text().count("\n") == 1
+
+
 @pytest.mark.whole
 def test_a_rank_that_is_killed_ends_the_others_with_one_line_and_the_checkpoint_kept(tmp_path, task_folder):
     run = tmp_path / "run"
     flags = toy_flags(task_folder, run, "--memory", "64", steps=100_000)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     with open(tmp_path / "said.txt", "w") as said:
         process = subprocess.Popen([*command, "lejepa.py", *map(str, flags)], cwd=ROOT, stdout=said,
                                    stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
