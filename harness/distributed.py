@@ -116,9 +116,10 @@ def first_rank_first():
 
 def agree(stop: int, alerted: bool, device: str) -> tuple[int, bool]:
     """The highest signal number of all ranks, and whether one of them has an alert. Waits for the device."""
+    if ranks() == 1:
+        return stop, alerted
     flags = torch.tensor([stop, alerted], device=device)
-    if ranks() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
     stop, alerted = flags.tolist()
     return stop, bool(alerted)
 

@@ -159,8 +159,8 @@ def test_loss_and_gradient_of_any_ranks_are_those_of_one_process(one, many, memo
 
 def test_a_sum_over_ranks_that_is_not_used_would_be_seen(one, many):
     expected, found = one["loss", 0][0], [rank["discarded"] for rank in many]
-    assert error(found[0]["values"], expected["values"]) > 0.01
-    assert error(sum(rank["weight"] for rank in found) / len(many), expected["weight"]) > 0.01
+    assert not error(found[0]["values"], expected["values"]) < 0.01            # nan is seen as well
+    assert not error(sum(rank["weight"] for rank in found) / len(many), expected["weight"]) < 0.01
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
