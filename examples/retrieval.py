@@ -1,8 +1,9 @@
 """LeJEPA for retrieval: a predictor from the embedding of a query to the embedding of a relevant document.
+
 A frozen sentence encoder embeds texts. A projection and a predictor, the identity at the start, are trained
 on (query, relevant document) pairs; the untrained model ranks exactly as the encoder's cosine does.
 
-    loss = (1 - lam) * mean |predictor(z_q) - z_d|^2 / D  +  lam * SIGReg(z),   gradients flow into both sides
+    loss = (1 - lam) * mean |predictor(z_q) - z_d|^2 / D  +  lam * SIGReg(z),   gradients into both sides
     B pairs in a batch   Q queries   N documents   P pairs   E width of the encoder   D width of z
 """
 import argparse
@@ -10,7 +11,6 @@ import importlib
 import inspect
 import json
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -27,33 +27,36 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lejepa import sigreg  # noqa: E402
 
-FLAGS = {"data": ("docstrings", "docstrings of this machine's libraries, or a BEIR folder"),
-         "encoder": ("lsa", "lsa: TF-IDF and truncated SVD; or a sentence-transformers model"),
-         "embeddings": ("", "instead of an encoder: an .npz of doc_ids, docs, query_ids, queries"),
-         "pairs": ("", "train on pairs.jsonl of this folder; with --embeddings, also reads its minilm.npz"),
-         "export": ("", "write what is compared to FILE.npz, for --embeddings, or to the index FILE.faiss"),
-         "run": ("examples/runs/retrieval", "folder"), "resume": (False, "continue the run in --run"),
-         "mix": (0.5, "share of the learned cosine in a score"), "lam": (0.05, "weight of the spread"),
+FLAGS = {"data": ("docstrings", "docstrings of installed libraries, or a BEIR folder"),
+         "encoder": ("lsa", "lsa (TF-IDF and truncated SVD), or a sentence-transformers model"),
+         "embeddings": ("", "no encoder: an .npz of doc_ids, docs, query_ids, queries"),
+         "pairs": ("", "train on this folder's pairs.jsonl (and minilm.npz, with --embeddings)"),
+         "export": ("", "write what is compared to FILE.npz or to an index FILE.faiss"),
+         "run": ("examples/runs/retrieval", "folder of the record"), "resume": (False, "continue --run"),
+         "mix": (0.5, "share of the learned cosine in a score; 0: plain cosine"),
+         "lam": (0.02, "weight of --spread; 1 - lam is the weight of the prediction"),
          "spread": ("sigreg", "the term against collapse", ("sigreg", "covariance", "none")),
-         "projection": ("residual", "residual starts as the identity", ("residual", "plain")),
+         "projection": ("residual", "residual: its input is added", ("residual", "plain")),
          "predictor": ("residual", "from z_q to z_d", ("residual", "plain", "none")),
          "asymmetric": (False, "two projections"), "contrastive": (0.0, "weight of a margin loss"),
-         "width": (0, "D; 0: E"), "hidden": (0, "of MLPs; 0: linear"), "dropout": (0.3, "of embeddings"),
-         "steps": (60, ""), "batch_size": (256, "pairs"), "lr": (1e-3, "falls to 0"), "seed": (0, "")}
+         "dropout": (0.3, "share of the encoder's numbers that a step leaves out"),
+         "width": (0, "D; 0: E"), "hidden": (0, "hidden width of projection and predictor; 0: linear"),
+         "steps": (100, ""), "batch_size": (256, "pairs"), "lr": (1e-3, "falls to 0"), "seed": (0, "")}
 MODULES = """numpy numpy.fft numpy.random scipy.fft scipy.linalg scipy.optimize scipy.sparse torch
-    sklearn.ensemble | scipy.signal torch.nn.functional | numpy.linalg scipy.stats sklearn.metrics torch.nn"""
+    | scipy.signal torch.nn.functional | numpy.linalg scipy.stats sklearn.metrics torch.nn"""
+METRICS = {"ndcg10": "ndcg_cut_10", "recall100": "recall_100", "mrr": "recip_rank"}
 
-def docstrings() -> tuple[dict, dict]:
+def read_docstrings() -> tuple[dict, dict]:
     """Texts by kind and id, judgements by split: a docstring's summary is a query, its rest a document."""
     texts, judgements = {"docs": {}, "queries": {}}, {"train": {}, "dev": {}, "test": {}}
     for split, modules in zip(judgements, MODULES.split("|")):
         for module in modules.split():
-            for name, value in sorted(vars(importlib.import_module(module)).items()):
+            for key, value in sorted(vars(importlib.import_module(module)).items()):
+                name = f"{module}.{key}"
                 summary, _, rest = (callable(value) and inspect.getdoc(value) or "").partition("\n\n")
                 if len(summary) >= 20 and len(rest) >= 200 and rest not in texts["docs"].values():
-                    key = f"{module}.{name}"
-                    texts["queries"][key], texts["docs"][key] = summary, rest
-                    judgements[split][key] = {key: 1}
+                    texts["queries"][name], texts["docs"][name] = summary, rest
+                    judgements[split][name] = {name: 1}
     return texts, judgements
 
 def read_lines(path: Path, *needed: str) -> list[dict]:
@@ -64,9 +67,9 @@ def read_lines(path: Path, *needed: str) -> list[dict]:
     return rows
 
 def read_beir(folder: Path) -> tuple[dict, dict]:
-    """As docstrings(). Without qrels/dev.tsv, a fifth of the training queries, by document, is for dev."""
-    corpus = read_lines(folder / "corpus.jsonl", "_id", "text")
-    documents = {row["_id"]: f"{row.get('title', '')} {row['text']}" for row in corpus}
+    """As read_docstrings. Without qrels/dev.tsv, a fifth of the training queries, by document, is for dev."""
+    corpus = read_lines(folder / "corpus.jsonl", "_id")
+    documents = {row["_id"]: f"{row.get('title', '')} {row.get('text', '')}" for row in corpus}
     queries = {row["_id"]: row["text"] for row in read_lines(folder / "queries.jsonl", "_id", "text")}
     judgements = {"train": {}, "dev": {}, "test": {}}
     for path in (folder / "qrels").glob("*.tsv"):
@@ -76,67 +79,69 @@ def read_beir(folder: Path) -> tuple[dict, dict]:
                 raise ValueError(f"{path}, line {number}: unknown query or document, or no grade: {line!r}")
             if int(grade):
                 judgements[path.stem].setdefault(query, {})[document] = int(grade)
-    tested = {queries[q].lower() for q in judgements["test"]}        # a few texts are in train and in test
-    train = {q: found for q, found in judgements["train"].items() if queries[q].lower() not in tested}
+    tested = {queries[q].lower() for q in judgements["test"]}                  # some texts are in both splits
+    train = {q: judged for q, judged in judgements["train"].items() if queries[q].lower() not in tested}
     dev = judgements["dev"] or {q: train[q] for q in train if zlib.crc32(min(train[q]).encode()) % 5 == 0}
-    judgements |= {"train": {q: train[q] for q in train if q not in dev}, "dev": dev}
-    return {"docs": documents, "queries": queries}, judgements
+    train = {q: judged for q, judged in train.items() if q not in dev}
+    return {"docs": documents, "queries": queries}, judgements | {"train": train, "dev": dev}
 
-def encode(texts: dict[str, dict], args) -> dict[str, np.ndarray]:
-    if not args.embeddings and args.encoder == "lsa":
+def encode(texts: dict[str, dict], cfg) -> dict[str, np.ndarray]:
+    """Embeddings of each kind of text by the frozen encoder, in the order of the texts."""
+    if not cfg.embeddings and cfg.encoder == "lsa":
         tf_idf = TfidfVectorizer(sublinear_tf=True, stop_words="english")
         lsa = make_pipeline(tf_idf, TruncatedSVD(256, random_state=0)).fit(texts["docs"].values())
         return {kind: lsa.transform(found.values()) for kind, found in texts.items()}
-    if not args.embeddings:
+    if not cfg.embeddings:
         from sentence_transformers import SentenceTransformer
-        return {kind: SentenceTransformer(args.encoder).encode([*y.values()]) for kind, y in texts.items()}
-    x, file = {}, np.load(args.embeddings)
+        return {kind: SentenceTransformer(cfg.encoder).encode([*y.values()]) for kind, y in texts.items()}
+    file, x = np.load(cfg.embeddings), {}
     for kind, key in (("docs", "doc_ids"), ("queries", "query_ids")):
         place = {text: row for row, text in enumerate(file[key].tolist())}
         missing = [text for text in texts[kind] if text not in place]
         if missing:
-            raise ValueError(f"{args.embeddings}: {key} lacks {len(missing)} ids, first {missing[0]!r}")
+            raise ValueError(f"{cfg.embeddings}: {key} lacks {len(missing)} ids, first {missing[0]!r}")
         x[kind] = file[kind][[place[text] for text in texts[kind]]]
-    pairs = np.load(Path(args.pairs, "minilm.npz")) if args.pairs else {}
+    pairs = np.load(Path(cfg.pairs, "minilm.npz")) if cfg.pairs else {}
     return x | {f"pair_{kind}": pairs[kind] for kind in pairs}
 
-def load(args) -> tuple[dict, dict, dict, Tensor, Tensor]:
+def load(cfg) -> tuple[dict, dict, dict, Tensor, Tensor]:
     """Embeddings of length sqrt(E), ids, judgements, training pairs as rows (P, 2), their weights (P,)."""
-    texts, judgements = docstrings() if args.data == "docstrings" else read_beir(Path(args.data))
+    texts, judgements = read_docstrings() if cfg.data == "docstrings" else read_beir(Path(cfg.data))
     place = {kind: {key: row for row, key in enumerate(found)} for kind, found in texts.items()}
     train = {place["queries"][q]: [place["docs"][d] for d in docs] for q, docs in judgements["train"].items()}
-    if args.pairs:
-        rows = read_lines(Path(args.pairs, "pairs.jsonl"), "query", "document")
+    if cfg.pairs:
+        rows = read_lines(Path(cfg.pairs, "pairs.jsonl"), "query", "document")
         texts["pair_docs"] = {i: row["document"] for i, row in enumerate(rows)}
         texts["pair_queries"] = {i: row["query"] for i, row in enumerate(rows)}
         train = {i: [i] for i in range(len(rows))}
-    x = {kind: torch.tensor(np.asarray(found, np.float32)) for kind, found in encode(texts, args).items()}
+    x = {kind: torch.tensor(np.asarray(found, np.float32)) for kind, found in encode(texts, cfg).items()}
     x = {kind: F.normalize(found, dim=1) * found.shape[1] ** 0.5 for kind, found in x.items()}
-    if not train or not judgements["test"] or args.pairs and len(x["pair_docs"]) != len(rows):
-        raise ValueError("needs qrels/test.tsv, and qrels/train.tsv or --pairs with an embedding a line")
+    finite = all(found.isfinite().all() for found in x.values())
+    if not (finite and judgements["test"] and train) or cfg.pairs and len(x["pair_docs"]) != len(rows):
+        raise ValueError("needs finite embeddings, test judgements, and training ones or --pairs")
     pairs = torch.tensor([(query, document) for query, found in train.items() for document in found])
     weights = torch.tensor([len(found) ** -0.5 for found in train.values() for _ in found])
     x = {"pair_docs": x["docs"], "pair_queries": x["queries"]} | x
     return x, {kind: list(found) for kind, found in place.items()}, judgements, pairs, weights
 
-def layers(inputs: int, outputs: int, hidden: int, zero: bool) -> nn.Module:
-    """A linear layer, or an MLP where `hidden` is given; its output is 0 at the start if `zero`."""
+def make_layers(inputs: int, outputs: int, hidden: int, zero: bool) -> nn.Module:
+    """A linear layer, or an MLP where `hidden` is given; with `zero`, its output is 0 at the start."""
     last = nn.Linear(hidden or inputs, outputs)
     for parameter in last.parameters():
         parameter.data *= not zero
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), last) if hidden else last
 
 class Model(nn.Module):
-    def __init__(self, inputs: int, args):
+    def __init__(self, inputs: int, cfg):
         super().__init__()
-        width, residual, self.kind = args.width or inputs, args.projection == "residual", args.predictor
-        self.document = layers(inputs, width, args.hidden, residual)
-        self.query = layers(inputs, width, args.hidden, residual) if args.asymmetric else self.document
-        self.register_buffer("identity", torch.eye(inputs, width) * residual)    # cut, or padded by zeros
-        self.predictor = layers(width, width, args.hidden, args.predictor == "residual")
+        width, residual, self.kind = cfg.width or inputs, cfg.projection == "residual", cfg.predictor
+        self.document = make_layers(inputs, width, cfg.hidden, residual)
+        self.query = make_layers(inputs, width, cfg.hidden, residual) if cfg.asymmetric else self.document
+        self.register_buffer("identity", torch.eye(inputs, width) * residual)  # cut, or padded by zeros
+        self.predictor = make_layers(width, width, cfg.hidden, cfg.predictor == "residual")
 
     def forward(self, queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_q, z_d and the prediction, each (B, D), of embeddings (B, E)."""
+        """z_q (B, D), z_d (N, D) and the prediction (B, D) of queries (B, E) and documents (N, E)."""
         z_q = self.query(queries) + queries @ self.identity
         z_d = self.document(documents) + documents @ self.identity
         return z_q, z_d, z_q if self.kind == "none" else self.predictor(z_q) + z_q * (self.kind == "residual")
@@ -148,103 +153,98 @@ class Model(nn.Module):
         sides = [[F.normalize(x, dim=1) for x in side] for side in ((queries, z_hat), (documents, z_d))]
         return [torch.cat([(1 - mix) ** 0.5 * frozen, mix**0.5 * learned], 1) for frozen, learned in sides]
 
-def losses(model: Model, queries: Tensor, documents: Tensor, args) -> dict[str, Tensor]:
-    z_q, z_d, z_hat = model(F.dropout(queries, args.dropout), F.dropout(documents, args.dropout))
-    prediction, spread = (z_hat - z_d).square().mean(), torch.zeros(())
-    if args.spread == "sigreg":
-        spread = sigreg(torch.stack([z_q, z_d]), F.normalize(torch.randn(z_q.shape[1], 256), dim=0))
-    if args.spread == "covariance":                    # its squared distance from the identity, per dimension
-        errors = [torch.cov(z.T) - torch.eye(z.shape[1]) for z in (z_q, z_d)]      # (D, D) each
-        spread = torch.stack(errors).square().sum(2).mean()
-    a, b = F.normalize(z_hat, dim=1), F.normalize(z_d, dim=1)
-    contrastive = F.triplet_margin_loss(a, b, b.roll(1, 0), margin=0.1)        # another pair's document
-    loss = (1 - args.lam) * prediction + args.lam * spread + args.contrastive * contrastive
-    return {"loss": loss, "prediction": prediction, "spread": spread, "contrastive": contrastive}
+def compute_loss(model: Model, queries: Tensor, documents: Tensor, cfg) -> dict[str, Tensor]:
+    """The loss and its terms, for pairs (B, E), (B, E)."""
+    z_q, z_d, z_hat = model(F.dropout(queries, cfg.dropout), F.dropout(documents, cfg.dropout))
+    z, prediction, spread = torch.stack([z_q, z_d]), (z_hat - z_d).square().mean(), torch.zeros(())
+    if cfg.spread == "sigreg":
+        spread = sigreg(z, F.normalize(torch.randn(z.shape[2], 256), dim=0))
+    if cfg.spread == "covariance":                     # its squared distance from the identity, per dimension
+        spread = sum((torch.cov(side.T) - torch.eye(z.shape[2])).square().sum(1).mean() for side in z) / 2
+    contrastive = F.triplet_margin_loss(*map(F.normalize, (z_hat, z_d, z_d.roll(1, 0))), margin=0.1)
+    loss = (1 - cfg.lam) * prediction + cfg.lam * spread + cfg.contrastive * contrastive
+    return {"loss": loss, "prediction": prediction, "spread": spread}
 
 def evaluate(model: Model, data: tuple, split: str, mix: float) -> dict[str, np.ndarray]:
-    """nDCG@10 with graded judgements, recall@100 and reciprocal rank of each judged query, by pytrec_eval."""
+    """The metrics of each judged query, by pytrec_eval, with graded judgements; ties in the corpus' order."""
     x, ids, judgements, *_ = data
     queries, documents = model.embed(x["queries"], x["docs"], mix)
     rows = [row for row, query in enumerate(ids["queries"]) if query in judgements[split]]
-    scores, best = (queries[rows] @ documents.T).topk(min(100, len(documents)))
-    run = {}
-    for row, values, found in zip(rows, scores.tolist(), best.tolist()):
-        run[ids["queries"][row]] = dict(zip([ids["docs"][document] for document in found], values))
-    names = {"ndcg10": "ndcg_cut_10", "recall100": "recall_100", "mrr": "recip_rank"}
-    found = pytrec_eval.RelevanceEvaluator(judgements[split], set(names.values())).evaluate(run)
-    return {name: np.array([found[query][key] for query in run]) for name, key in names.items()}
+    best = (queries[rows] @ documents.T).argsort(dim=1, descending=True, stable=True)[:, :100].tolist()
+    run = {ids["queries"][row]: {ids["docs"][document]: 100.0 - place for place, document in enumerate(found)}
+           for row, found in zip(rows, best)}
+    found = pytrec_eval.RelevanceEvaluator(judgements[split], set(METRICS.values())).evaluate(run)
+    return {name: np.array([found[query][key] for query in run]) for name, key in METRICS.items()}
 
-def train(model: Model, data: tuple, folder: Path, args) -> list[dict]:
+def train(model: Model, data: tuple, saved: list, folder: Path, cfg) -> list[dict]:
     """The log. A batch is a function of seed and step, so a resumed run equals an uninterrupted one."""
-    (x, _, _, pairs, weights), start, history, begin = data, 0, [], time.time()
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
-    if args.resume:
-        start, history, *states = torch.load(folder / "last.pt", weights_only=True)
-        model.load_state_dict(states[0])
-        optimizer.load_state_dict(states[1])
-    for step in range(start, args.steps):
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        rows = pairs[torch.multinomial(weights, args.batch_size, replacement=True)]
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        parts = losses(model, x["pair_queries"][rows[:, 0]], x["pair_docs"][rows[:, 1]], args)
+    (x, _, judgements, pairs, weights), (first, history, *states) = data, saved
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    for part, state in zip((model, optimizer), states):
+        part.load_state_dict(state)
+    for step in range(first, cfg.steps):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        rows = pairs[torch.multinomial(weights, cfg.batch_size, replacement=True)]
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
+        terms = compute_loss(model, x["pair_queries"][rows[:, 0]], x["pair_docs"][rows[:, 1]], cfg)
         optimizer.zero_grad()
-        parts["loss"].backward()
+        terms["loss"].backward()
         optimizer.step()
         done = step + 1
-        if done % max(1, args.steps // 10) == 0 or done == args.steps:
-            dev = evaluate(model, data, "dev", args.mix)["ndcg10"].mean().item()
-            history.append({"step": done, "dev": dev} | {key: value.item() for key, value in parts.items()})
-            left = (time.time() - begin) / (done - start) * (args.steps - done)
-            print(*[f"{key} {value:.4g} " for key, value in history[-1].items()], f"{left:.0f} s left")
+        if done % max(1, cfg.steps // 10) == 0 or done == cfg.steps:
+            history.append({"step": done} | {key: value.item() for key, value in terms.items()})
+            if judgements["dev"]:
+                history[-1]["dev_ndcg10"] = evaluate(model, data, "dev", cfg.mix)["ndcg10"].mean().item()
+            print(f"of {cfg.steps}:", *[f"{key} {value:.4g} " for key, value in history[-1].items()])
             torch.save([done, history, model.state_dict(), optimizer.state_dict()], folder / "last.part")
             (folder / "last.part").replace(folder / "last.pt")
     return history
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for key, (value, text, *choices) in FLAGS.items():
-        kind = {"type": type(value), "default": value, "choices": choices[0] if choices else None}
+        kind = {"type": type(value), "choices": choices[0] if choices else None}
         kind = {"action": "store_true"} if value is False else kind
-        parser.add_argument("--" + key.replace("_", "-"), help=f"{text} (default: {value})", **kind)
-    args = parser.parse_args(argv)
-    folder, settings = Path(args.run), vars(args) | {"resume": False, "export": ""}
-    known = json.loads((folder / "config.json").read_text()) if (folder / "last.pt").exists() else None
-    if known and not args.resume or args.resume and known != settings:
-        parser.error(f"--run {folder}: a run goes on with --resume and the flags of its config.json")
+        parser.add_argument("--" + key.replace("_", "-"), default=value, help=text, **kind)
+    cfg = parser.parse_args(argv)
+    folder, settings = Path(cfg.run), vars(cfg) | {"resume": False, "export": ""}
+    record, last = folder / "config.json", folder / "last.pt"
     try:
-        data = load(args)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        parser.error(f"--data {args.data}: {error}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    torch.manual_seed(args.seed)
-    model = Model(data[0]["docs"].shape[1], args)
-    history = train(model, data, folder, args)
+        if cfg.resume != record.exists() or cfg.resume and json.loads(record.read_text()) != settings:
+            raise ValueError(f"a record in --run {folder} goes on with --resume and the flags of config.json")
+        data = load(cfg)
+        saved = torch.load(last, weights_only=True) if last.exists() else [0, []]
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(settings, indent=1) + "\n")
+    except Exception as error:                         # whatever a malformed file leads to
+        parser.error(f"--data {cfg.data}: {type(error).__name__}: {error}".splitlines()[0])
+    torch.manual_seed(cfg.seed)
+    model = Model(data[0]["docs"].shape[1], cfg)
+    history = train(model, data, saved, folder, cfg)
     result = {"settings": settings, "history": history}
-    for split in ("dev", "test"):
-        plain, learned = evaluate(model, data, split, 0.0), evaluate(model, data, split, args.mix)
-        for name in plain:
-            a, b, a_b = learned[name].mean(), plain[name].mean(), learned[name] - plain[name]
-            low, high = bootstrap([a_b], np.mean, method="percentile", rng=0).confidence_interval
-            result[f"{split}_{name}"] = {"model": a, "plain": b, "interval": [low, high], "n": len(a_b)}
-            print(f"{split}_{name}: {a:.4f}, plain cosine {b:.4f}, {a - b:+.4f} [{low:+.4f}, {high:+.4f}]")
+    plain, learned = evaluate(model, data, "test", 0.0), evaluate(model, data, "test", cfg.mix)
+    for name in METRICS:
+        a, b, gain = learned[name].mean(), plain[name].mean(), learned[name] - plain[name]
+        low, high = bootstrap([gain], np.mean, method="percentile", rng=0).confidence_interval
+        result[name] = {"model": a, "plain": b, "interval": [low, high], "n": len(gain)}
+        print(f"{name}: {a:.4f}, plain cosine {b:.4f}, {a - b:+.4f} [{low:+.4f}, {high:+.4f}]")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4))
-    for key in ("prediction", "spread", "dev"):        # dev: nDCG@10
-        curves.semilogy([row["step"] for row in history], [row[key] for row in history], label=key)
-    curves.legend()
-    bars.bar(range(len(plain["ndcg10"])), np.sort(learned["ndcg10"] - plain["ndcg10"]), width=1)
-    bars.set(title="nDCG@10 less plain cosine, test queries")
+    for key in ("prediction", "spread", "dev_ndcg10"):
+        curves.semilogy([row["step"] for row in history], [row.get(key, 1) for row in history], label=key)
+    gain = np.sort(learned["ndcg10"] - plain["ndcg10"])
+    bars.bar(range(len(gain)), gain, width=1, label="nDCG@10 less plain cosine, a bar a test query")
+    figure.legend()
     figure.savefig(folder / "result.png", dpi=70)
     x, ids, *_ = data
-    queries, documents = model.embed(x["queries"], x["docs"], args.mix)
-    if args.export.endswith(".faiss"):
+    queries, documents = model.embed(x["queries"], x["docs"], cfg.mix)
+    if cfg.export.endswith(".faiss"):
         import faiss
         index = faiss.IndexFlatIP(documents.shape[1])
         index.add(documents.numpy())
-        faiss.write_index(index, args.export)
-    elif args.export:
-        np.savez(args.export, doc_ids=ids["docs"], docs=documents, query_ids=ids["queries"], queries=queries)
+        faiss.write_index(index, cfg.export)
+    elif cfg.export:
+        np.savez(cfg.export, doc_ids=ids["docs"], docs=documents, query_ids=ids["queries"], queries=queries)
 
 if __name__ == "__main__":
     main()
