@@ -169,11 +169,11 @@ def picture(x: Tensor, y: Tensor, token: Tensor, z: Tensor, history: list[dict],
     for key in ("prediction", "spread", "rank", "variance"):
         curves.semilogy([row["step"] for row in history], [row[key] for row in history], label=key)
     curves.legend()
-    cosines.hist((F.normalize(z, dim=1) @ F.normalize(z, dim=1).T)[~torch.eye(len(z), dtype=torch.bool)], 50)
-    plane.scatter(*(token @ torch.pca_lowrank(token, 2)[2]).T, c=y, s=4, cmap="tab10")
+    cosines.hist((1 - F.pdist(F.normalize(z, dim=1)).square() / 2).numpy(), 50)
+    plane.scatter(*(token @ torch.pca_lowrank(token, 2)[2]).T.numpy(), c=y.numpy(), s=4, cmap="tab10")
     hidden = block_masks(4).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     rows = torch.stack([x[:4], torch.where(hidden, 128, x[:4])])               # (2, 4, 3, 32, 32)
-    blocks.imshow(rows.permute(0, 3, 1, 4, 2).reshape(64, 128, 3))
+    blocks.imshow(rows.permute(0, 3, 1, 4, 2).reshape(64, 128, 3).numpy())
     figure.savefig(path, dpi=70)
 
 def train(net: Network, x: Tensor, y: Tensor, x_val: Tensor, saved: list, folder: Path, cfg) -> list[dict]:
