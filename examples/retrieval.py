@@ -229,12 +229,12 @@ def main(argv=None):
         result[name] = {"model": a, "plain": b, "interval": [low, high], "n": len(gain)}
         print(f"{name}: {a:.4f}, plain cosine {b:.4f}, {a - b:+.4f} [{low:+.4f}, {high:+.4f}]")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for key in ("prediction", "spread", "dev_ndcg10"):
         curves.semilogy([row["step"] for row in history], [row.get(key, 1) for row in history], label=key)
     gain = np.sort(learned["ndcg10"] - plain["ndcg10"])
     bars.bar(range(len(gain)), gain, width=1, label="nDCG@10 less plain cosine, a bar a test query")
-    figure.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(folder / "result.png", dpi=70)
     x, ids, *_ = data
     queries, documents = model.embed(x["queries"], x["docs"], cfg.mix)

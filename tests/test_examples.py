@@ -1,6 +1,7 @@
 """The two examples: end to end on their embedded data, their shapes, their metric, resume and bad input."""
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -257,3 +258,53 @@ def test_an_averaged_target_takes_no_gradient():
     for task in ("crops", "masks"):
         images.compute_loss(net, target, x, y, flags_of(images, task=task))["loss"].backward()
         assert all(parameter.grad is None for parameter in target.parameters())
+
+
+# ---- the page --------------------------------------------------------------------------------------------
+
+PAGE = Path(retrieval.__file__).with_name("README.md")
+ROWS = [json.loads(line) for line in (PAGE.parent / "runs" / "runs.jsonl").read_text().splitlines()]
+
+
+def page_rows(heading):
+    """The cells of each row of the table of the page whose first heading is given."""
+    lines = PAGE.read_text().split(f"\n| {heading} |", 1)[1].splitlines()[2:]
+    lines = lines[:next(number for number, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def span(values):
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def runs_of(name):
+    return [row for row in ROWS if row["run"].rsplit("-", 1)[0] == name]
+
+
+SETS = ["scifact", "nfcorpus", "scifact-pairs", "nfcorpus-pairs"]
+
+
+def test_the_table_of_differences_equals_the_records():
+    for name, (_, plain, *seeds) in zip(SETS, page_rows("trained on, test set"), strict=True):
+        records = [row["ndcg10"] for row in runs_of(f"{name}-sigreg-residual")]
+        assert {plain} == {f"{row['plain']:.4f}" for row in records}
+        assert seeds == ["{:.4f}, {:+.4f} [{:+.4f}, {:+.4f}]".format(
+            row["model"], row["model"] - row["plain"], *row["interval"]) for row in records]
+
+
+def test_the_table_of_ablations_equals_the_records():
+    spreads = {"SIGReg": "sigreg", "covariance": "covariance", "nothing": "none"}
+    for spread, predictor, *cells in page_rows("against collapse"):
+        kind = {"yes": "residual", "no": "none"}[predictor]
+        found = [runs_of(f"{name}-{spreads[spread]}-{kind}") for name in SETS]
+        assert all(len(rows) == 3 for rows in found)
+        assert cells == [span([row["ndcg10"]["model"] for row in rows]) for rows in found]
+
+
+def test_a_kept_result_equals_its_row():
+    kept = sorted((PAGE.parent / "runs").glob("*/result.json"))
+    assert kept
+    for path in kept:
+        result, row = json.loads(path.read_text()), next(row for row in ROWS if row["run"] == path.parent.name)
+        assert all(result[key] == row[key] for key in result if key != "history")
+        assert (path.parent / "result.png").exists()
