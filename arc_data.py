@@ -8,13 +8,12 @@ under any of the 8 symmetries and any permutation of the 10 colours.
     B windows in a batch    G grids    U distinct objects in a batch    R rows of L token slots
     K objects of a grid     n tokens   S distinct shapes
 
-    python arc_data.py [SOURCE ...]     counts of sources; without SOURCE, of those of ARC and of its splits
+    python arc_data.py [SOURCE ...]     counts of sources; without SOURCE, of those of ARC
 """
 import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +41,8 @@ def load_tasks(source: str) -> dict[str, Task]:
     A task is {"train": [pair, ...], "test": [pair, ...]}, a pair {"input": grid, "output": grid}, a grid 1 to
     30 rows of 1 to 30 integers 0-9. A test output may be missing or null; other keys are ignored. All else
     raises ValueError, one line that names file, task, pair and side."""
-    source = str(source)
     tasks = {}
-    for part in [source] if os.path.exists(source) else source.split(","):
+    for part in [str(source)] if os.path.exists(source) else str(source).split(","):
         try:
             for where, task_id, task in _read_source(part.strip()):
                 need(task_id not in tasks, f"{where}: an earlier source has a task {printable(task_id)}")
@@ -96,21 +94,17 @@ def _add_outputs(tasks, path):
                 need(pair.get("output") in (None, output), "the pair has another output")
                 pair["output"] = output
         except (AttributeError, KeyError, TypeError, ValueError):
-            where = f"{printable(path)}, task {printable(task_id)}"
-            raise ValueError(f"{where}: needs its test outputs") from None
+            raise ValueError(f"{printable(path)}: not the outputs of task {printable(task_id)}") from None
 
 def _read_json(path):
     """The value in a JSON file: a regular file of at most LARGEST bytes, with no key twice in one object."""
     need(path.is_file(), f"{printable(path)}: {'not a regular file' if path.exists() else 'no such file'}")
-    with open(path, "rb") as file:
-        content = file.read(LARGEST + 1)
-    need(len(content) <= LARGEST, f"{printable(path)}: larger than {LARGEST >> 20} MB; cut it into several")
+    need(path.stat().st_size <= LARGEST, f"{printable(path)}: larger than {LARGEST >> 20} MB; cut it up")
     def unique(items):
-        twice = [printable(key) for key, times in Counter(key for key, _ in items).items() if times > 1]
-        need(not twice, f"one object has a key twice: {', '.join(twice[:3])}")
+        need(len(dict(items)) == len(items), f"a key twice in {printable([key for key, _ in items])}")
         return dict(items)
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(path)}: not readable as JSON in UTF-8: {error}") from None
 
@@ -174,14 +168,6 @@ def unique_grids(grids) -> tuple[list[np.ndarray], list[int]]:
 def pairs_of(task: Task) -> list:
     """Complete pairs of a task: those that have an output, train pairs first."""
     return [pair for pair in [*task.train, *task.test] if pair[1] is not None]
-
-def count_missing(tasks: dict[str, Task]) -> str:
-    """A line that counts the test pairs without output; empty if there are none."""
-    missing = sum(output is None for task in tasks.values() for _, output in task.test)
-    return f"{missing} test pairs have no output and are in no window" if missing else ""
-
-def tasks_digest(tasks: dict[str, Task]) -> str:        # SHA-256 over ids and cells, in order
-    return hashlib.sha256(json.dumps(list(tasks.items()), default=np.ndarray.tolist).encode()).hexdigest()
 # -------------------------------------------------------------------------------------------------- splits
 def turn(grid, symmetry: int):
     """One of the 8 symmetries of the square: bit 0 transposes, then bit 1 flips rows, bit 2 columns."""
@@ -194,7 +180,7 @@ def canonical_pair(pair) -> bytes:
     for symmetry in range(8):
         sides = [turn(side, symmetry) for side in pair]
         cells = b"".join(side.astype(np.uint8).tobytes() for side in sides)
-        colours = bytes(sorted(set(cells), key=cells.index))                   # in order of appearance
+        colours = bytes(dict.fromkeys(cells))                                  # in order of appearance
         names = bytes.maketrans(colours, bytes(range(len(colours))))
         forms.append(bytes(sides[0].shape + sides[1].shape) + cells.translate(names))
     return min(forms)
@@ -240,21 +226,21 @@ class Windows(NamedTuple):
 
 def make_windows(tasks: dict[str, Task], most: int = 1000, seed: int = 0) -> Windows:
     """Windows (in1, out1, in2) -> out2: all ordered choices of two pairs of a task, or a sample of `most`."""
-    groups, windows = [pairs_of(task) for task in tasks.values()], []
+    groups = [pairs_of(task) for task in tasks.values()]
     grids, place = unique_grids([side for group in groups for pair in group for side in pair])
-    ends = np.cumsum([len(group) for group in groups], dtype=int)
-    pairs = np.split(np.array(place, dtype=int).reshape(-1, 2), ends[:-1])
+    place = np.array(place, dtype=np.int64).reshape(-1, 2)
+    pairs = np.split(place, np.cumsum([len(group) for group in groups], dtype=int)[:-1])
+    tables, capped = [np.empty((0, 5), dtype=np.int64)], 0
     for number, rows in enumerate(pairs):
-        others = len(rows) - 1
-        choices = range(len(rows) * others)             # first * others + second, counted without the first
-        if len(choices) > most:                         # the choices are never listed
-            choices = np.random.default_rng([seed, number]).choice(len(choices), most, replace=False).tolist()
-        for first, second in (divmod(choice, others) for choice in choices):
-            windows.append([number, *rows[first], *rows[second + (second >= first)]])
-    task, *index = np.array(windows, dtype=np.int64).reshape(-1, 5).T
-    outputs = np.unique(place[1::2])
-    capped = sum(len(rows) * (len(rows) - 1) for rows in pairs) - len(windows)
-    return Windows(grids, np.stack(index, 1), task, list(tasks), outputs, pairs, capped)
+        total = len(rows) * (len(rows) - 1)             # the choices of a large task are never listed
+        random = np.random.default_rng([seed, number])
+        choices = np.arange(total) if total <= most else random.choice(total, most, replace=False)
+        first, second = np.divmod(choices, len(rows) - 1)
+        second += second >= first                       # it is counted without the first
+        tables.append(np.column_stack([np.full(len(choices), number), rows[first], rows[second]]))
+        capped += total - len(choices)
+    table = np.concatenate(tables)
+    return Windows(grids, table[:, 1:], table[:, 0], list(tasks), np.unique(place[:, 1]), pairs, capped)
 # ------------------------------------------------------------------------------------------- object tokens
 def pad(grids, outside: int = PAD) -> np.ndarray:
     """(G, 30, 30) int8, each grid in the top left corner."""
@@ -313,18 +299,17 @@ def tokenise(grids, objects: int = OBJECTS) -> Tokens:
     row, column = (place - np.repeat(corner, area, 0)).T
     bits = np.zeros((len(roots), SIDE * SIDE), dtype=bool)
     bits[np.repeat(np.arange(len(roots)), area), row * SIDE + column] = True
-    found = np.bincount(roots // SIDE ** 2, minlength=len(grids))              # objects of each grid
-    kept = np.minimum(found, objects)
-    order = np.lexsort((-area, roots // SIDE ** 2))     # grid after grid, the largest objects first
-    order = order[_places(found) < objects]
-    first = np.cumsum(kept) - kept                      # each whole grid is inserted before its objects
-    colour = np.insert(cells.ravel()[roots[order]].astype(int), first, background)
-    box = np.insert(box[order], first, [[0, 0, *grid.shape] for grid in grids], 0)
-    area = np.insert(area[order], first, solid.sum((1, 2)))
-    bits = np.insert(np.packbits(bits, 1)[order], first, np.packbits(solid.reshape(-1, SIDE * SIDE), 1), 0)
-    rows, shape = _distinct_rows(np.hstack([bits, box[:, 2:].astype(np.uint8)]))
-    start = np.append(first, len(order)) + np.arange(len(grids) + 1)
-    return Tokens(colour, box, area, shape, rows[:, :BYTES], rows[:, BYTES:].astype(int), start, found - kept)
+    owner = np.append(np.arange(len(grids)), roots // SIDE ** 2)               # whole grids, then objects
+    colour = np.append(background, cells.ravel()[roots])
+    box = np.vstack([[[0, 0, *grid.shape] for grid in grids], box])
+    area = np.append(solid.sum((1, 2)), area)
+    bits = np.packbits(np.vstack([solid.reshape(-1, SIDE * SIDE), bits]), 1)
+    found = np.bincount(owner)                          # tokens of each grid: itself, the largest objects
+    kept = np.minimum(found, objects + 1)
+    order = np.lexsort((-area, np.arange(len(owner)) >= len(grids), owner))[_places(found) <= objects]
+    rows, shape = _distinct_rows(np.hstack([bits, box[:, 2:].astype(np.uint8)])[order])
+    return Tokens(colour[order], box[order], area[order], shape, rows[:, :BYTES], rows[:, BYTES:].astype(int),
+                  np.append(0, np.cumsum(kept)), found - kept)
 
 def _places(counts):                                    # 0, 1, ... in each of several groups in a row
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -372,9 +357,7 @@ class TokenTable:
     """Tokens of a list of grids, of which any choice can be packed, turned and recoloured.
     The host works out which token fills each slot; bitmaps and boxes are on the device."""
     def __init__(self, grids, device="cpu", turned: bool = True):
-        self.tokens = tokenise(grids)
-        self.cut = self.tokens.cut
-        self.device = device
+        self.tokens, self.device = tokenise(grids), device
         bits = np.unpackbits(self.tokens.bitmaps, axis=1, count=SIDE * SIDE).reshape(-1, SIDE, SIDE)
         shapes = [image[:height, :width] for image, (height, width) in zip(bits, self.tokens.extent)]
         rows = [np.packbits(pad([turn(shape, i) for shape in shapes], 0).reshape(-1, SIDE * SIDE), 1)
@@ -481,13 +464,10 @@ class TaskSet:
 def main():
     for source in sys.argv[1:] or SOURCES:
         tasks = load_tasks(source)
-        cut = tokenise(make_windows(tasks).grids).cut
-        sizes = [len(pairs_of(task)) for task in tasks.values()]
-        print(f"{printable(source)}: {len(tasks)} tasks, {sum(sizes)} pairs, {sum(n * n - n for n in sizes)} "
-              f"windows; {(cut == 0).mean():.1%} of {len(cut)} grids are drawn again. {count_missing(tasks)}")
-    for validate in (REPORTED, "dev", "arcagi2:evaluation") if len(sys.argv) == 1 else ():
-        counts = [len(part) for part in split("arcagi2:training", validate)]
-        print(f"--validate {validate}: {counts[0]} training, {counts[1]} validation tasks, {counts[2]} leaks")
+        windows = make_windows(tasks)
+        missing = sum(output is None for task in tasks.values() for _, output in task.test)
+        print(f"{printable(source)}: {len(tasks)} tasks, {sum(map(len, windows.pairs))} pairs, "
+              f"{len(windows.task) + windows.capped} windows; {missing} test pairs have no output")
 
 if __name__ == "__main__":
     try:

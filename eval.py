@@ -294,8 +294,7 @@ def baseline_spaces(untrained, grids: list, outputs: np.ndarray, codes: list) ->
     if codes[0][0].shape[1]:  # the model has codes
         spaces["bag of codes"] = Space(outputs, symbol_bag(codes, boxes=False))
         spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
-    z = untrained.embed(grids).float().cpu()
-    return spaces | {"untrained": Space(outputs, z, measure=euclidean)}
+    return spaces | {"untrained": Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)}
 # -------------------------------------------------------------------------------------- 5 pairs and probes
 FOLDS = 10
 NEIGHBOURS, WARMTH = 20, 0.07             # k-NN: cosine, weights exp(s / 0.07)
@@ -492,6 +491,9 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
         if len(space.parts) == 1 and space is not own:  # pairs in z itself are the model's row
             x = principal(space.parts[0][0][torch.arange(count)], z.shape[1])  # no wider than z
             rows[name], probes[name] = pair_metrics(x, pairs)
+    for name, other in (("pooled, untrained", untrained), ("pooled, trained", model)) if spaces else ():
+        x = principal(other.embed(windows.grids, layer="pooled").float().cpu(), z.shape[1])
+        rows[name], probes[name] = pair_metrics(x, pairs)
     if spaces:
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         rows["chance"] = answer(Space(outputs, noise, measure=euclidean).by_weights((1, 0, 0)), nats=False)

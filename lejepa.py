@@ -43,9 +43,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -77,12 +75,12 @@ class Size(NamedTuple):
     lr: float
 
 
-SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 1000, 384, 3e-3),
+SIZES = {"small": Size(128, 4, 2, 2, 512, 512, 256, 1024, 500, 384, 3e-3),
          "base": Size(384, 6, 6, 4, 1536, 2048, 512, 1024, 1000, 1536, 2e-3),
          "large": Size(768, 12, 12, 6, 3072, 4096, 1024, 1024, 600, 3072, 1e-3)}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The flags of the command. None stands for a default that depends on the machine or on another flag."""
     data: Annotated[str, "SOURCE of training tasks: arcagi1:training, arcagi1:evaluation, arcagi2:training, "
@@ -118,11 +116,9 @@ def resolve_defaults(cfg: Config) -> Config:
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
     return dataclasses.replace(cfg, device=device, size=size, **{name: defaults[name] for name in missing})
 
-
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
-SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
 LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
@@ -159,10 +155,10 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    Averaged over all directions, the Epps-Pulley statistic at t is the mean over all pairs of the same kernel,
-    up to what depends on lengths alone; it is ruled by the most crowded regions. With the logarithm of its own
-    mean, each sample repels its close neighbours with equal weight. (Uniformity, arXiv:2005.10242, with the
-    logarithm inside the mean; the denominator of InfoNCE for targets instead of predictions.)
+    Averaged over all directions, the Epps-Pulley statistic at t is the mean of this kernel over all pairs, up
+    to what depends on lengths alone; crowded regions rule it. With the logarithm of its own mean, each sample
+    repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside, or the
+    denominator of InfoNCE for targets instead of predictions.
     """
     t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
@@ -270,7 +266,6 @@ class LeJEPALoss(nn.Module):
         """The embedding that evaluation compares, by Euclidean distance."""
         return z
 
-
 # ------------------------------------------------------------------------------------------------- 3 Model
 
 LEVELS = (4, 4, 4, 4, 3)                       # bins of the numbers behind one code
@@ -279,32 +274,22 @@ CODES = 4                                      # C: codes of an object, 38 bits 
 DROPOUT = 0.1                                  # of what a transformer block adds
 
 
-def bin_means(levels: int) -> Tensor:
-    """(levels,) the mean of N(0, 1) inside each of `levels` equally likely bins."""
-    edges = torch.special.ndtri(torch.linspace(0, 1, levels + 1, dtype=torch.float64))
-    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    return ((density[:-1] - density[1:]) * levels).float()
-
-
 class GaussianQuantizer(nn.Module):
     """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
-    A number y becomes level floor(L * Phi(y)) of L and is read back as the mean of its bin; the gradient
+    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; the gradient
     passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
 
     def __init__(self):
         super().__init__()
-        means = torch.stack([F.pad(bin_means(levels), (0, max(LEVELS) - levels)) for levels in LEVELS])
         place = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
-        self.register_buffer("means", means.repeat(CODES, 1), persistent=False)  # (m, most levels)
         self.register_buffer("levels", torch.tensor(LEVELS).repeat(CODES), persistent=False)   # (m,)
         self.register_buffer("place", torch.tensor(place), persistent=False)                   # (m / C,)
 
     def forward(self, y: Tensor) -> Tensor:
-        """y (U, m) -> (U, m): the mean of each number's bin, with the gradient of y."""
-        mean = self.means[torch.arange(len(self.levels), device=y.device), self.level(y)]
-        return mean + (y - y.detach())
+        """y (U, m) -> (U, m): the median of each number's bin, with the gradient of y."""
+        return torch.special.ndtri((self.level(y) + 0.5) / self.levels) + (y - y.detach())
 
     def level(self, y: Tensor) -> Tensor:
         """The bin of each number (..., m), int64. Clamped, because Phi can round to 1."""
@@ -320,7 +305,7 @@ class GaussianQuantizer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. For short rows in bf16 on a CPU, 4 times as fast as the fused attention."""
+    """Pre-norm attention and MLP. Short rows in bf16 on a CPU: 4 times as fast as torch's fused attention."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -344,10 +329,6 @@ class Block(nn.Module):
 def embedding_head(inputs: int, size: Size) -> nn.Sequential:
     norm = nn.BatchNorm1d(size.hidden)                 # in the hidden layer; a plain linear layer is last
     return nn.Sequential(nn.Linear(inputs, size.hidden), norm, nn.GELU(), nn.Linear(size.hidden, size.dim))
-
-
-def widening(width: int, wider: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wider), nn.GELU())
 
 
 class ObjectHead(nn.Module):
@@ -377,15 +358,14 @@ class Encoder(nn.Module):
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
-        self.objects, self.quantizer = ObjectHead(size.width), quantizer
-        self.codes_kept = CODES                # in eval mode; 1 reads the first code of each object alone
-        self.symbol = nn.Linear(CODES * len(LEVELS), size.width)
-        self.colour = nn.Embedding(10, size.width)
-        self.box = nn.Embedding(6 * (SIDE + 1), size.width)  # top, left, height, width, bottom, right
-        self.whole = nn.Parameter(torch.randn(size.width) * 0.02)
-        self.widen_symbols = widening(size.width, size.pooled // 2)
-        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.encoder_layers))
-        self.widen = widening(size.width, size.pooled)
+        width, self.codes_kept = size.width, CODES     # in eval mode; 1: only the first code of each object
+        self.objects, self.quantizer = ObjectHead(width), quantizer
+        self.symbol, self.colour = nn.Linear(CODES * len(LEVELS), width), nn.Embedding(10, width)
+        self.box = nn.Embedding(6 * (SIDE + 1), width)  # top, left, height, width, bottom, right
+        self.whole = nn.Parameter(torch.randn(width) * 0.02)
+        self.widen_symbols = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size.pooled // 2), nn.GELU())
+        self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.encoder_layers))
+        self.widen = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size.pooled), nn.GELU())
         self.projector = embedding_head(5 * size.pooled, size)
         self.widths = {"pooled": 5 * size.pooled, "z": size.dim}
         nn.init.normal_(self.colour.weight, std=0.5)
@@ -418,10 +398,10 @@ class Encoder(nn.Module):
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
-        x.view(-1, x.shape[-1])[grids.first] += self.whole
+        x.view(-1, x.shape[-1]).index_add_(0, grids.first, self.whole.expand(len(grids.first), -1))
         symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
-        bias = torch.zeros(same_grid.shape, dtype=x.dtype, device=x.device).masked_fill(~same_grid, -math.inf)
+        bias = torch.where(same_grid, 0.0, -math.inf)
         for block in self.blocks:
             x = block(x, bias)                                                                 # (R, L, W)
         return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
@@ -438,9 +418,7 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """z_hat of the answer: the analogy, z of the given grid + the mean over demonstrations of z_out - z_in,
-    plus a correction by a transformer over all of them. The order of the demonstrations makes no difference.
-    """
+    """z_hat: the analogy z(given) + mean over demonstrations of z(out) - z(in), plus a learned correction."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -460,10 +438,10 @@ class Predictor(nn.Module):
         queries = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))   # (B, K, W)
         tokens = (self.token(pairs) + self.role[:2]).flatten(1, 2)                     # (B, 2 K, W)
         x = torch.cat([queries, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
-        hidden = torch.cat([~shown, ~shown.repeat_interleave(2, 1), ~shown.any(1, True)], 1)
-        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -math.inf)
+        seen = torch.cat([shown, shown.repeat_interleave(2, 1), shown.any(1, True)], 1)        # (B, 3 K + 1)
+        bias = torch.where(seen, 0.0, -math.inf)[:, None, None]
         for block in self.blocks:
-            x = block(x, bias[:, None, None])
+            x = block(x, bias)
         share = shown[..., None] / shown.sum(1)[:, None, None]                         # (B, K, 1)
         change = (share * (pairs[:, :, 1] - pairs[:, :, 0])).sum(1)                    # (B, D)
         query = (share * self.norm(x[:, :count])).sum(1)                               # (B, W)
@@ -483,8 +461,7 @@ class LeJEPA(nn.Module):
         self.averaged = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
 
     @property
-    def in_use(self) -> tuple[nn.Module, nn.Module]:
-        """The trained encoder and predictor in training, the averaged ones in eval mode."""
+    def in_use(self) -> tuple[nn.Module, nn.Module]:   # trained parts in training, averaged ones in eval mode
         holder = self if self.training else self.averaged
         return holder.encoder, holder.predictor
 
@@ -514,8 +491,7 @@ class LeJEPA(nn.Module):
                 found.append((codes[first:first + count], boxes[first:first + count]))
         return found
 
-    def code_indices(self, grids: Grids) -> Tensor:
-        """The codes (U, C) of the distinct objects, int64."""
+    def code_indices(self, grids: Grids) -> Tensor:        # (U, C) int64: the codes of the distinct shapes
         encoder, _ = self.in_use
         return encoder.quantizer.indices(encoder.objects(grids))
 
@@ -551,12 +527,10 @@ class LeJEPA(nn.Module):
             yield table.pack_grids(np.arange(first, min(first + self.CHUNK, len(grids))))
 
 
-def build(cfg: Config) -> LeJEPA:
-    """The model of a Config with the weights of its seed, on the CPU."""
+def build(cfg: Config) -> LeJEPA:                      # with the weights of its seed, on the CPU
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return LeJEPA(cfg)
-
 
 # --------------------------------------------------------------------------------------------- 4 Optimizer
 
@@ -570,8 +544,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            is_matrix = p.ndim == 2 and not re.search(r"colour|box|role", name)
-            (matrices if is_matrix else others).append(p)
+            is_table = any(word in name for word in ("colour", "box", "role"))
+            (matrices if p.ndim == 2 and not is_table else others).append(p)
     muon = torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=0.95,
                             adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
@@ -579,21 +553,14 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
 
 @torch.no_grad()
 def update_average(model: LeJEPA, step: int):
-    """Moves the averaged weights and buffers towards those after `step`; after step 0 they are equal.
-
-    Source: polynomial-decay averaging, arXiv:1212.1824, with eta = 1 / AVERAGING_FRACTION - 1.
-    """
+    """Moves the averaged weights towards those after `step`: polynomial-decay averaging, arXiv:1212.1824."""
     share = 1 / (1 + AVERAGING_FRACTION * step)
     trained = model.state_dict()
     for name, average in model.averaged.state_dict().items():
-        if average.is_floating_point():
+        if average.is_floating_point():                # a count of batches has no use in evaluation
             average.lerp_(trained[name], share)
-        else:
-            average.copy_(trained[name])
-
 
 # ---------------------------------------------------------------------------------------------- 5 Training
-
 
 def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its terms. SIGReg and the loss are computed in fp32, outside autocast."""
@@ -624,10 +591,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
 
 
 def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_step=None) -> int:
-    """Trains from step `start` to cfg.steps and returns the number of steps taken.
-
-    after_step(steps done, metrics, batch) logs, evaluates and saves; if it returns true, training ends.
-    """
+    """Trains to cfg.steps, or until after_step(steps done, metrics, batch) is true. Returns steps done."""
     model.train()
     for step in range(start, cfg.steps):
         with record_function("data"):
@@ -637,9 +601,7 @@ def train(model, optimizers, data: TaskSet, cfg: Config, start: int = 0, after_s
             return step + 1
     return cfg.steps
 
-
 # ----------------------------------------------------------------------------------------------- 6 Loading
-
 
 def checkpoint_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
@@ -662,9 +624,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
                 metadata = dict(file.metadata() or {})
             if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
                 raise ValueError("damaged, or not written by this program: its SHA-256 does not match")
-            for name, value in tensors.items():
-                if not value.isfinite().all():
-                    raise ValueError(f"{name} holds nan or inf")
+            if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+                raise ValueError(f"{bad[0]} holds nan or inf")
             metadata = {name: json.loads(text) for name, text in metadata.items()}
         except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
@@ -816,9 +777,7 @@ QUANTIZERS = {"gaussian": lambda cfg: GaussianQuantizer(), "ema": lambda cfg: EM
               "none": lambda cfg: NoQuantizer()}
 OBJECTIVES = {"lejepa": LeJEPALoss, "infonce": InfoNCE}
 
-
 # -------------------------------------------------------------------------------------------------- 8 Main
-
 
 def main():
     import harness.run                                 # flags, folders, checkpoints, logs and signals

@@ -44,11 +44,9 @@ FIRST = 20                                             # steps before the measur
 MODES = {"cpu": ("naive", "eager", "compiled"), "cuda": ("eager", "compiled", "graphs")}
 CALLS = {"cpu": 1, "cuda": 10}                         # calls between two waits; a run waits every LOG_EVERY
 PEAKS = {"A6000": 155, "A100": 312, "H100": 989, "H200": 989, "4090": 165}     # dense bf16 TFLOP/s, on paper
+SHAPES = ((1024, 128), (4096, 384))                    # N x D of SIGReg on a CPU
 TOLERANCE = 1e-3                                       # relative difference from the CPU in five fp32 steps
-
 # ----------------------------------------------------------------------------------------------- measuring
-
-
 class Times(list):
     """Seconds of one call of a case, in each round."""
 
@@ -59,7 +57,6 @@ class Times(list):
         """How many times as fast as `other`: the median over the rounds, with the least and the most."""
         ratios = sorted(b / a for a, b in zip(self, other))
         return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-
 
 def timed(case, device: str, calls: int = 1, to_end: bool = True) -> float:
     """Seconds of a call on an idle device, to the end of its work there or only until the call returns."""
@@ -72,7 +69,6 @@ def timed(case, device: str, calls: int = 1, to_end: bool = True) -> float:
         wait()
     return (time.perf_counter() - begin) / calls
 
-
 def take_turns(cases: dict, rounds: int, device: str, warm: int = 2) -> dict[str, Times]:
     """Calls each case `warm` times, then all of them in turn, each CALLS times between two waits."""
     for case in cases.values():
@@ -82,7 +78,6 @@ def take_turns(cases: dict, rounds: int, device: str, warm: int = 2) -> dict[str
         for name, case in cases.items():
             times[name].append(timed(case, device, CALLS[device]))
     return times
-
 
 def peak_bytes(case, device: str) -> int:
     """The most that a call has allocated at once, above what was there before it."""
@@ -96,11 +91,7 @@ def peak_bytes(case, device: str) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(max(np.cumsum(sizes), default=0))
-
-
 # ---------------------------------------- tables: generators of a title, the names of the columns, the rows
-
-
 def machine_table(args):
     yield "Machine"
     yield "what", "value"
@@ -120,7 +111,6 @@ def machine_table(args):
     spent = take_turns({"copy": source.clone}, args.rounds, args.device)["copy"]
     yield "copy, GB/s read and written", 2 * source.nbytes / min(spent) / 1e9
 
-
 def plain_sigreg(z, directions):
     """The published formula as one writes it down. Keeps (N, M, T) numbers."""
     if z.ndim == 3:
@@ -133,7 +123,6 @@ def plain_sigreg(z, directions):
         error = (x.cos().mean(0) - torch.exp(-t ** 2 / 2)) ** 2 + x.sin().mean(0) ** 2
         return (error @ weights).mean() * len(z)
 
-
 def sigreg_table(args):
     """SIGReg beside the two matrix products that every form of it needs: z A, and the gradient's way back."""
     modes, M = [mode for mode in args.modes if mode in ("eager", "compiled")], 1024
@@ -141,7 +130,7 @@ def sigreg_table(args):
     yield ("N x D", "case", "ms", "over its products",
            *(f"times as fast as the plain form, {mode}" for mode in modes), "memory, N M floats")
     sizes = [lejepa.SIZES[size] for size in args.size] if args.device == "cuda" else []
-    for N, D in [(size.batch_size // 2, size.dim) for size in sizes] or [(1024, 128), (4096, 384)]:
+    for N, D in [(size.batch_size // 2, size.dim) for size in sizes] or SHAPES:
         z = torch.randn(N, D, device=args.device, requires_grad=True)
         directions = F.normalize(torch.randn(D, M, device=args.device), dim=0)
         memory, filled = torch.randn(M, D, device=args.device), torch.tensor(M, device=args.device)
@@ -156,7 +145,6 @@ def sigreg_table(args):
             floats = (peak_bytes(cases[name], args.device) - z.nbytes) / (4 * N * M)
             plain = [spent.against(times[f"plain, {mode}"]) for mode in modes]
             yield f"{N} x {D}", name, spent, times["products"].against(spent), *plain, f"{floats:.2f}"
-
 
 class Step:
     """A training step of a fresh model, on the next batch at each call."""
@@ -178,14 +166,12 @@ class Step:
         self.number += 1
         return metrics
 
-
 def draw_naive(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     """Windows as one draws them first: two pairs of a task, each grid in a row of its own, padded."""
     data = copy.copy(data)
     data.pairs = 2
     batch = padded(data, 2 * windows, seed, step)
     return batch._replace(index=batch.index[::2], shown=batch.shown[::2])
-
 
 def padded(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     """A batch with a padded row for each grid and a bitmap for each slot."""
@@ -197,7 +183,6 @@ def padded(data: TaskSet, windows: int, seed: int, step: int) -> Batch:
     slot = own.new_empty(len(grids.bits)).scatter(0, held, own)              # (U,) one that holds the object
     grids = grids._replace(bits=grids.bits[held], object_id=own.view_as(grids.object_id))
     return batch._replace(grids=grids, object_sample=slot[batch.object_sample])
-
 
 def step_table(args):
     yield "The training step; in naive rows: windows one by one, padded rows, plain SIGReg"
@@ -228,7 +213,6 @@ def step_table(args):
             case = cases.get(("bf16", "compiled"), next(iter(cases.values())))
             args.failures += [f"{size}: {line}" for line in check(case, args.tasks)]
 
-
 def describe(case: Step, seconds: float, product: dict[str, float]):
     """The cells of a case from utilisation on. Issue time includes busy time where the launch queue fills."""
     device, dtype = case.cfg.device, case.cfg.dtype
@@ -246,7 +230,6 @@ def describe(case: Step, seconds: float, product: dict[str, float]):
     yield f"{peak_bytes(case, device) / 1e9:.2f}"
     times = profiling.part_times(profiler.events(), device)
     yield ", ".join(f"{name} {value / sum(times.values()):.1%}" for name, value in times.items())
-
 
 def check(case: Step, tasks: dict):
     """Lines that say what is wrong on a GPU: a wait between two logs of a run, results unlike the CPU's."""
@@ -266,7 +249,6 @@ def check(case: Step, tasks: dict):
     if not difference < TOLERANCE:
         yield f"five fp32 steps differ from the CPU's by {difference:.1e}, more than {TOLERANCE}"
 
-
 def compare_with_cpu(case: Step, tasks: dict) -> float:
     """The largest relative difference of a term in five fp32 steps; the same directions, nothing dropped."""
     def draw_on_cpu(dim, count, cfg, step):
@@ -278,12 +260,8 @@ def compare_with_cpu(case: Step, tasks: dict) -> float:
             other = Step(data, case.cfg.size, "fp32", "eager", 48)
             terms.append(np.array([[float(value) for value in other().values()] for _ in range(5)]))
     return float((abs(terms[1] - terms[0]) / abs(terms[0]).clip(1e-6)).max())
-
-
 # --------------------------------------------------------------------------------------------- the command
-
 TABLES = {"machine": machine_table, "sigreg": sigreg_table, "step": step_table}
-
 
 def parse_flags(argv=None) -> argparse.Namespace:
     parser = run.Parser(prog="harness.bench", description="Speed tables and checks.", allow_abbrev=False)
@@ -307,7 +285,6 @@ def parse_flags(argv=None) -> argparse.Namespace:
     args.modes = args.modes or MODES[args.device]
     return args
 
-
 def show(rows, lines: list[str]) -> dict:
     """Prints a table row by row, as Markdown, and adds the lines to `lines`. Returns it for bench.json."""
     def say(line):
@@ -319,7 +296,6 @@ def show(rows, lines: list[str]) -> dict:
         cells.append([f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row])
         say(f"| {' | '.join(cells[-1])} |")
     return {"title": title, "columns": columns, "rows": cells}
-
 
 def main():
     args = parse_flags()
@@ -340,7 +316,6 @@ def main():
     for line in args.failures:
         print(f"FAIL  {line}", flush=True)
     sys.exit(bool(args.failures))
-
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,8 @@ RECORDED = {  # the `production` run of arc-jepa-rl (2025-12): InfoNCE, VQ codeb
     "step": (100, 1000, 3000, 5000, 7600), "codes_usage": (0.268, 0.164, 0.302, 0.211, 0.336),
     "effective_rank_context": (3.73, 3.91, 7.25, 14.56, 15.53),
     "effective_rank_target": (5.22, 6.55, 8.63, 16.06, 19.34)}
-LEARNED = (", trained", "bag of codes", "codes with boxes")  # ends of the baselines that use trained weights
+# Ends of the baselines that use trained weights.
+LEARNED = (", trained", "bag of codes", "codes with boxes", "z of the answer")
 KINDS = {  # of rows in a bar chart, and their colours
     "the model": "#2563eb", "trained embedding or codes, no predictor": "#93c5fd",
     "untrained network": "#fdba74", "raw cells, features, chance": "#cbd5e1"}
@@ -42,38 +43,29 @@ styled = matplotlib.rc_context({  # a decorator: the settings hold while the dec
     "lines.markersize": 4, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "legend.frameon": False,
     "legend.fontsize": 7.5, "figure.constrained_layout.use": True})
 
-
 def number(value) -> float | None:
     """The value where it is a finite number, else None."""
     return value if type(value) in (int, float) and abs(value) < 1e300 else None
-
 
 def points(log: list[dict], key: str) -> list[tuple[float, float]]:
     """(step, value) of every row of a log that has both."""
     found = [(number(row.get("step")), number(row.get(key))) for row in log]
     return [point for point in found if None not in point]
 
-
 def short(text, most: int = 20) -> str:
     """A name from outside on one line, in characters that can be printed, not without end."""
     text = "".join(c if c.isprintable() else "?" for c in str(text)[:most + 1])
     return text if len(text) <= most else text[:most - 1] + "…"
-
-
 # ------------------------------------------------------------------------------------------------ bars
-
-
 def row_colour(row: str) -> str:
     model, trained, untrained, features = KINDS.values()
     return model if row == "model" else trained if row.endswith(LEARNED) else \
         untrained if row.endswith("untrained") else features
 
-
 def best_baseline(entry: dict) -> str | None:
     """The highest row that learned nothing; None where there is none."""
     rows = {row: value for row, value in entry["baselines"].items() if not row.endswith(LEARNED)}
     return max(rows, key=rows.get, default=None)
-
 
 def chosen_rows(entry: dict, most: int = 8) -> dict[str, float]:
     """Bars of a chart, the highest first: the model, the best baseline, and the highest of the others."""
@@ -82,7 +74,6 @@ def chosen_rows(entry: dict, most: int = 8) -> dict[str, float]:
     kept = {"model", best_baseline(entry) or "model"}
     kept.update([row for row in rows if row not in kept][:most - len(kept)])
     return {row: value for row, value in rows.items() if row in kept}
-
 
 def draw_bars(axis, entry: dict):
     """The chosen rows with their values, and the model's 95 % interval. Model and best baseline are bold."""
@@ -102,7 +93,6 @@ def draw_bars(axis, entry: dict):
     axis.tick_params(length=0)
     axis.spines["bottom"].set_visible(False)
 
-
 def plot_bars(metrics: dict) -> list[Figure]:
     """A chart a metric; none where the data allow no figure."""
     figures = []
@@ -113,7 +103,6 @@ def plot_bars(metrics: dict) -> list[Figure]:
             figures.append(figure)
     return figures
 
-
 @styled
 def plot_parts(path: Path, times: dict[str, float]):
     """Where a training step's time goes: milliseconds by part."""
@@ -123,11 +112,7 @@ def plot_parts(path: Path, times: dict[str, float]):
     axis.set_yticks(range(len(times)), times)
     axis.set(ylim=(len(times) - 0.4, -0.6), xlim=(0, max(times.values()) * 1.4), xticks=[])
     write_file(Path(path), png(figure))
-
-
 # ------------------------------------------------------------------------------------------------ curves
-
-
 def panel(title: str, height: float = 2.9, **properties):
     """A figure of one chart, as wide as a phone shows it."""
     figure = Figure(figsize=(4.6, height))
@@ -136,12 +121,10 @@ def panel(title: str, height: float = 2.9, **properties):
     axis.set(**properties)
     return figure, axis
 
-
 def png(figure: Figure, dpi: int = 160) -> bytes:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     return drawn.getvalue()
-
 
 def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float | None = None):
     """Figures over training: a colour a figure; of several runs, a colour a run and a line style a figure."""
@@ -160,7 +143,6 @@ def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float 
         for handle in legend.legend_handles:
             handle.set_color(INK)
 
-
 def plot_training(runs: dict[str, list[dict]], baseline: float | None = None) -> list[Figure]:
     """Figures over training of one run or several; `baseline` is the best baseline's nDCG@10 without out1."""
     figures = []
@@ -170,7 +152,6 @@ def plot_training(runs: dict[str, list[dict]], baseline: float | None = None) ->
             draw_curves(axis, runs, keys, baseline if METRIC in keys else None)
             figures.append(figure)
     return figures
-
 
 @styled
 def write_result_picture(folder: Path, result: dict, log: list[dict]):
@@ -196,7 +177,6 @@ def write_result_picture(folder: Path, result: dict, log: list[dict]):
         axis.legend()
     write_file(Path(folder) / "result.png", png(figure, 120))
 
-
 def plot_ranked(title: str, lines: dict[str, np.ndarray]) -> Figure:
     """The values of each line, the largest first, on a logarithmic axis; a 0 is not shown."""
     figure, axis = panel(title, yscale="log", xlabel="rank")
@@ -205,7 +185,6 @@ def plot_ranked(title: str, lines: dict[str, np.ndarray]) -> Figure:
         axis.plot(np.arange(1, len(values) + 1), values, label=name)
     axis.legend()
     return figure
-
 
 def plot_map(x: Tensor, group: np.ndarray, names: list[str], what: str, most: int = 8) -> Figure:
     """Pairs x (n, d) on two principal components, coloured by the `most` frequent groups (n,); -1 is none."""
@@ -222,11 +201,7 @@ def plot_map(x: Tensor, group: np.ndarray, names: list[str], what: str, most: in
         axis.scatter(*places[group == which].T, s=12, label=name)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
 # ------------------------------------------------------------------------------------------------ grids
-
-
 @torch.no_grad()
 def neighbours_image(model, windows, pool: Tensor, rows: int = 6, top: int = 3, side: int = 90) -> np.ndarray:
     """(H, W, 3) uint8, a line a window: in1, out1, in2, truth, the `top` of pool (P, D) nearest to z_hat."""

@@ -8,15 +8,16 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from arc_data import need
 from lejepa import Config, checkpoint_digest, read_checkpoint
 
 FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
 LARGEST_JSON = 256 << 20                                           # bytes; a log of 100,000 steps has 40 MB
-
 
 def write_file(path: Path, content: bytes, keep: Path | None = None):
     """Writes a file so that the old or the new one is always there, whole; `keep` renames the old one.
@@ -44,12 +45,10 @@ def write_file(path: Path, content: bytes, keep: Path | None = None):
     finally:
         part.unlink(missing_ok=True)
 
-
 def remove_parts(folder: Path):
     """Removes the temporary files that a kill left in the folder of a run that is locked."""
     for part in folder.glob(".*.part"):
         part.unlink()
-
 
 def sync_folder(folder: Path):
     """Makes a renaming durable, where the system can (Windows cannot open a folder)."""
@@ -58,15 +57,11 @@ def sync_folder(folder: Path):
         os.fsync(descriptor)
         os.close(descriptor)
 
-
 def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes. ValueError for anything else."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    if path.stat().st_size > most:
-        raise ValueError(f"{path}: larger than {most >> 20} MB")
+    need(path.is_file() or not path.exists(), f"{path}: not a regular file")
+    need(path.stat().st_size <= most, f"{path}: larger than {most >> 20} MB")
     return path.read_bytes()
-
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. ValueError of one line for anything else."""
@@ -74,10 +69,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: needs a JSON object, not a {type(value).__name__}")
+    need(isinstance(value, dict), f"{path}: needs a JSON object, not a {type(value).__name__}")
     return value
-
 
 def read_log(folder: Path) -> list[dict]:
     """The rows of log.jsonl, none where there is no such file. A last line without an end is left out."""
@@ -91,11 +84,14 @@ def read_log(folder: Path) -> list[dict]:
         except (ValueError, RecursionError):
             row = None
         known = isinstance(row, dict) and isinstance(row.get("step"), int)
-        if not known or not all(value is None or type(value) in (int, float) for value in row.values()):
-            raise ValueError(f"{path}: line {number} is not a JSON object of numbers with a step")
+        need(known and all(value is None or type(value) in (int, float) for value in row.values()),
+             f"{path}: line {number} is not a JSON object of numbers with a step")
         rows.append(row)
     return rows
 
+def tasks_digest(tasks: dict) -> str:
+    """SHA-256 over ids and cells, in order."""
+    return hashlib.sha256(json.dumps(list(tasks.items()), default=np.ndarray.tolist).encode()).hexdigest()
 
 def state_of(model, optimizers) -> dict[str, Tensor]:
     """Everything that a step changes, by name: weights, averaged weights, buffers, the optimizers' state."""
@@ -105,7 +101,6 @@ def state_of(model, optimizers) -> dict[str, Tensor]:
             state |= {f"optimizer.{i}.{p}.{name}": value for name, value in values.items()}
     return state
 
-
 def save(folder: Path, model, optimizers, step: int, cfg: Config, commit: str, state: dict):
     """Writes weights, optimizers, random state and step as last.safetensors, after renaming the old one."""
     tensors = state_of(model, optimizers) | {"random": torch.get_rng_state()}
@@ -114,7 +109,6 @@ def save(folder: Path, model, optimizers, step: int, cfg: Config, commit: str, s
     metadata = {name: json.dumps(value) for name, value in metadata.items()}
     content = safetensors.torch.save(tensors, metadata | {"sha256": checkpoint_digest(tensors, metadata)})
     write_file(folder / "last.safetensors", content, keep=folder / "previous.safetensors")
-
 
 def load_optimizer(optimizer, prefix: str, tensors: dict[str, Tensor]):
     """Puts an optimizer's state back. ValueError names the weight whose state is missing or does not fit."""
@@ -127,10 +121,9 @@ def load_optimizer(optimizer, prefix: str, tensors: dict[str, Tensor]):
     for p, parameter in enumerate(parameters):
         found = state.get(p, {}).values()
         fits = all(value.shape in ((), parameter.shape) and value.dtype == parameter.dtype for value in found)
-        if not fits or bool(state) != (p in state):
-            raise ValueError(f"it does not fit this model: {prefix}{p} is missing or of another shape")
+        need(fits and bool(state) == (p in state),
+             f"it does not fit this model: {prefix}{p} is missing or of another shape")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
 
 def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[int, dict]:
     """Loads the run's checkpoint and cuts its log back to it. Returns its step and the log's counters.
@@ -141,9 +134,8 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
     tensors, found, path = read_checkpoint(folder)
     try:
         check_flags(cfg, found)
-        if found["state"]["tasks_sha256"] != digest:
-            raise ValueError(f"the tasks of --data or --validate changed since the run in {cfg.run} began; "
-                             "put them back, or train in another --run folder")
+        need(found["state"]["tasks_sha256"] == digest, "the tasks of --data or --validate changed since the "
+             f"run in {cfg.run} began; put them back, or train in another --run folder")
         weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         for name, value in state_of(model, []).items():
@@ -153,9 +145,9 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
             load_optimizer(optimizer, f"optimizer.{number}.", tensors)
         torch.set_rng_state(tensors["random"])
         log = (folder / "log.jsonl").read_bytes()[:found["state"]["log_bytes"]]
-        if hashlib.sha256(log).hexdigest() != found["state"]["log_sha256"]:
-            raise ValueError(f"{folder / 'log.jsonl'} is not the log of step {found['step']}; put it back, "
-                             "or train in another --run folder")
+        need(hashlib.sha256(log).hexdigest() == found["state"]["log_sha256"],
+             f"{folder / 'log.jsonl'} is not the log of step {found['step']}; put it back, or train in "
+             "another --run folder")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: of another version of lejepa.py: {message}") from None
@@ -164,7 +156,6 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
     if path.name != "last.safetensors":
         path.replace(folder / "last.safetensors")      # a damaged one never becomes the previous one
     return found["step"], found["state"]
-
 
 def check_flags(cfg: Config, found: dict):
     """ValueError for a flag that differs from the checkpoint's and is not free to change."""
@@ -176,29 +167,25 @@ def check_flags(cfg: Config, found: dict):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {given}, and the run in {cfg.run} was made {made}; "
                              "give the same to continue it, or train in another --run folder")
-    if found["step"] > cfg.steps:
-        raise ValueError(f"--steps {cfg.steps}: the run in {cfg.run} is at step {found['step']} already")
-
+    need(found["step"] <= cfg.steps,
+         f"--steps {cfg.steps}: the run in {cfg.run} is at step {found['step']} already")
 
 def say_changes(cfg: Config, found: dict, commit: str):
     """Prints what may change from here on: steps, threads, commit."""
-    made = found["config"]["steps"]
+    made, threads, now = found["config"]["steps"], found["state"]["threads"], torch.get_num_threads()
+    written, lines = found["commit"] or "unknown", []
     if made != cfg.steps:
-        print(f"--steps {cfg.steps}: the run was made with {made}; it continues from step {found['step']}",
-              file=sys.stderr)
-    threads = found["state"]["threads"]
-    if threads != torch.get_num_threads():
-        print(f"the checkpoint was written with {threads} threads, this run has {torch.get_num_threads()}: "
-              "from here on it no longer equals an uninterrupted run bit for bit", file=sys.stderr)
-    if found["commit"] != commit:
-        print(f"the checkpoint was written by commit {found['commit'] or 'unknown'}, this is "
-              f"{commit or 'unknown'}: where they differ, the run no longer equals an uninterrupted one",
-              file=sys.stderr)
-
-
+        step = found["step"]
+        lines.append(f"--steps {cfg.steps}: the run was made with {made}; it continues from step {step}")
+    if threads != now:
+        lines.append(f"the checkpoint was written with {threads} threads, this run has {now}: from here on "
+                     "it no longer equals an uninterrupted run bit for bit")
+    if written != (commit or "unknown"):
+        lines.append(f"the checkpoint was written by commit {written}, this is {commit or 'unknown'}: "
+                     "where they differ, the run no longer equals an uninterrupted one")
+    for line in lines:
+        print(line, file=sys.stderr)
 # ----------------------------------------------------------------------------------------------- a release
-
-
 def release(run: Path, folder: Path):
     """Writes the averaged weights alone, which is all that load_run reads, as <folder>/last.safetensors."""
     tensors, metadata, _ = read_checkpoint(run)
@@ -206,7 +193,6 @@ def release(run: Path, folder: Path):
     metadata = {name: json.dumps(metadata[name]) for name in ("step", "commit", "config")}
     content = safetensors.torch.save(tensors, metadata | {"sha256": checkpoint_digest(tensors, metadata)})
     write_file(folder / "last.safetensors", content)
-
 
 if __name__ == "__main__":                             # python -m harness.checkpoint RUN FOLDER
     release(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,7 +2,6 @@
 
     n rows   k demonstrations   P distinct outputs
 """
-import argparse
 import hashlib
 import json
 import os
@@ -19,20 +18,17 @@ from sklearn.metrics import adjusted_mutual_info_score
 import arc_data
 import eval as evaluation
 import lejepa
+from arc_data import need
 from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
 from harness.health import add_health, object_ids
+from harness.run import Parser
 
 RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics, and their names in eval.py
 RANKED_BASELINES = {"copy in2": ("raw",), "analogy": ("raw", "31 features", "raw + 31 features")}
-
-
 # -------------------------------------------------------------------------------- what is read
-
-
 def say(line: str):
     print(line, file=sys.stderr, flush=True)
-
 
 def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
     """The tasks of --data, and those that the run was trained on (None: they cannot be read)."""
@@ -51,51 +47,40 @@ def count_shared(tasks: dict, trained: dict | None) -> int | None:
     """How many tasks share a pair with a training task; None where these are not known."""
     return None if trained is None else len(arc_data.without_leaks(tasks, trained)[1])
 
-
 def read_labels(path: Path, tasks: dict) -> dict[str, str]:
     """{task id: class name} of a JSON file. ValueError for another form or for unknown tasks."""
     labels = checkpoint.read_json(path)
-    if not labels or not all(isinstance(name, str) for name in labels.values()):
-        raise ValueError(f"--labels {path}: needs a JSON object {{task id: class name}}, its names strings")
+    need(labels and all(isinstance(name, str) for name in labels.values()),
+         f"--labels {path}: needs a JSON object {{task id: class name}}, its names strings")
     unknown = [name for name in labels if name not in tasks]
-    if unknown:
-        some = ", ".join(unknown[:3])
-        raise ValueError(f"--labels {path}: {len(unknown)} tasks are not in --data, {some} among them")
-    if len(set(labels.values())) < 2:
-        raise ValueError(f"--labels {path}: all tasks have one class; a probe needs two")
+    need(not unknown, f"--labels {path}: {len(unknown)} tasks are not in --data: {', '.join(unknown[:3])}")
+    need(len(set(labels.values())) > 1, f"--labels {path}: all tasks have one class; a probe needs two")
     return labels
-
 
 def read_candidates(path: Path, tasks: dict) -> dict[str, list]:
     """{task id: [for each test input, [grid, ...]]} of a JSON file. ValueError names what is wrong."""
     found = {}
     for task_id, inputs in checkpoint.read_json(path).items():
         where = f"--candidates {path}, task {arc_data.printable(task_id)}"
-        if task_id not in tasks:
-            raise ValueError(f"{where}: not in --data; give candidates of tasks that the data have")
+        need(task_id in tasks, f"{where}: not in --data; give candidates of tasks that the data have")
         count = len(tasks[task_id].test)
-        if not isinstance(inputs, list) or len(inputs) != count:
-            raise ValueError(f"{where}: needs a list with an entry for each test input, {count} of them")
+        need(isinstance(inputs, list) and len(inputs) == count,
+             f"{where}: needs a list with an entry for each test input, {count} of them")
         for number, grids in enumerate(inputs):
-            if not isinstance(grids, list) or not grids:
-                raise ValueError(f"{where}, test input {number}: needs a list of one candidate grid or more")
-            grids = lejepa.validate_grids(grids, lambda i: f"{where}, test input {number}, candidate {i}")
+            place = f"{where}, test input {number}"
+            need(isinstance(grids, list) and grids, f"{place}: needs a list of one candidate grid or more")
+            grids = arc_data.validate_grids(grids, lambda i: f"{place}, candidate {i}")
             found.setdefault(task_id, []).append([grid.astype(np.int8) for grid in grids])
-    if not found:
-        raise ValueError(f"--candidates {path}: no task; needs {{task id: [[grid, ...] a test input]}}")
+    need(found, f"--candidates {path}: no task; needs {{task id: [[grid, ...] a test input]}}")
     return found
-
 
 def check_writable(path: Path, is_file: bool = False):
     """ValueError before any work where `path`, a folder or file that may not exist yet, cannot be written."""
-    if is_file and not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: there is no such folder")
+    need(not is_file or path.absolute().parent.is_dir(), f"{path}: there is no such folder")
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"{path}: cannot be written; give another --out")
-
+    need(os.access(place, os.W_OK), f"{path}: cannot be written; give another --out")
 
 def choose_folder(run: Path, source: str) -> Path:
     """RUN, if it holds no evaluation of other data; else a folder in it that is named after the data."""
@@ -111,30 +96,26 @@ def choose_folder(run: Path, source: str) -> Path:
             return folder
     return run / f"eval-{slug}-{hashlib.sha1(source.encode()).hexdigest()[:6]}"
 
-
 def to_json(value) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
-
-def table(cells: list[list[str]]) -> str:
+def table(cells: list[list]) -> str:
+    cells = [[report.show(cell) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)) for line in cells]
     return "\n".join(line.rstrip() for line in lines)
-
-
 # -------------------------------------------------------------------------------- eval.py RUN
-
-
 def evaluate_run(args):
     model, cfg = lejepa.load_run(args.run)
     tasks, trained = read_tasks(cfg, args.data)
-    if not any(len(arc_data.pairs_of(task)) > 1 for task in tasks.values()):
-        raise ValueError(f"--data {args.data}: no task has two pairs with outputs")
+    need(any(len(arc_data.pairs_of(task)) > 1 for task in tasks.values()),
+         f"--data {args.data}: no task has two pairs with outputs")
     labels = read_labels(args.labels, tasks) if args.labels else None
     out = args.out or choose_folder(args.run, args.data)
     check_writable(out)
     log = checkpoint.read_log(args.run)
-    result, config = read_record(args.run / "result.json"), read_record(args.run / "config.json")
+    result, config = (checkpoint.read_json(path) if path.exists() else {}
+                      for path in (args.run / "result.json", args.run / "config.json"))
     say(f"evaluating {len(tasks)} tasks beside the baselines")
     done = add_health(model, evaluation.evaluate(model, lejepa.build(cfg).eval(), tasks, labels))
     done = done._replace(data=describe_data(done, args.data, tasks, count_shared(tasks, trained)))
@@ -144,7 +125,8 @@ def evaluate_run(args):
     decoded = {}
     if trained:
         say("training a decoder of frozen z")
-        decoded = decoder.decode(model, arc_data.make_windows(trained).grids, done.windows, done.z, done.z_hat)
+        grids = arc_data.make_windows(trained).grids
+        decoded = decoder.decode(model, grids, done.windows, done.z, done.z_hat)
         done.metrics.update(decoder.decoded_metrics(decoded, done.windows.task))
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))
@@ -157,51 +139,28 @@ def evaluate_run(args):
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
     write_file(out / "health.json", to_json({"data": done.data} | done.health | {"criteria": record}))
     page = report.write_report(out, done, facts, log, result, decoded)
-    lines = [*done.data["notes"], ""]
-    groups = [evaluation.RETRIEVAL, (*evaluation.DEMONSTRATIONS, *evaluation.HARD), evaluation.PAIRWISE]
-    for names in groups + ([tuple(decoder.METRICS)] if decoded else []):
-        lines += [metric_table(done.metrics, names), ""]
     words = {None: "unknown", True: "met", False: "not met"}
-    lines += [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
-    print("\n".join([*lines, f"written: {out / 'eval.json'}, {out / 'health.json'}, {page}"]))
-
+    lines = [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
+    print("\n".join([*done.data["notes"], "", table(report.summary(done)), "", *lines]))
+    print(f"written: {out / 'eval.json'}, {out / 'health.json'}, {page}")
 
 def describe_data(done: evaluation.Evaluation, source: str, tasks: dict, shared: int | None) -> dict:
     """What was evaluated, and notes on what no figure uses and what is not unseen."""
     single = sum(len(arc_data.pairs_of(task)) < 2 for task in tasks.values())
     unlabelled = len(tasks) - len(done.labels) if done.labels else 0
+    missing = sum(output is None for task in tasks.values() for _, output in task.test)
     capped = done.windows.capped
-    lines = {arc_data.count_missing(tasks): True,
+    lines = {f"{missing} test pairs have no output and are in no window": missing,
              f"{single} tasks with fewer than two complete pairs: in no window and no pair": single,
              f"{capped} windows of tasks with many pairs left out by a seeded sample": capped,
              f"{unlabelled} tasks without a label: not probed": unlabelled,
              f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen": shared}
-    notes = [line for line, holds in lines.items() if holds and line]
+    notes = [line for line, count in lines.items() if count]
     return {"source": source} | done.data | {"shared_with_training": shared, "notes": notes}
 
-
-def read_record(path: Path) -> dict:
-    return checkpoint.read_json(path) if path.exists() else {}
-
-
-def interval(head: str, ends) -> str:
-    return "{} [{:.3f}, {:.3f}]".format(head, *ends).strip()
-
-
-def metric_table(metrics: dict, names) -> str:
-    """The model with its intervals, then every baseline that has one of the metrics."""
-    show = lambda value: "" if value is None else f"{value:.3f}"
-    entries = [metrics[name] for name in names]
-    rows = list(dict.fromkeys(row for entry in entries for row in entry["baselines"]))
-    intervals = [interval("", entry["interval"]) if entry["interval"] else "" for entry in entries]
-    return table([["", *names], ["model", *(show(entry["model"]) for entry in entries)], ["95 %", *intervals],
-                  *([row, *(show(entry["baselines"].get(row)) for entry in entries)] for row in rows),
-                  ["n", *(str(entry["n"]) for entry in entries)]])
-
-
+def with_interval(value: float, ends) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *ends)
 # -------------------------------------------------------------------------------- eval.py codes
-
-
 def write_codes(args):
     """A JSON line a grid, in the format that README.md describes: its objects, the whole grid first."""
     check_writable(args.out, is_file=True)
@@ -223,11 +182,7 @@ def write_codes(args):
         lines.append(json.dumps(line | {"objects": objects}))
     write_file(args.out, ("\n".join(lines) + "\n").encode())
     say(f"{args.out}: {len(lines)} grids, {len(tokens.colour)} objects, {tokens.cut.sum()} more were cut")
-
-
 # -------------------------------------------------------------------------------- eval.py rank
-
-
 def rank_candidates(args):
     """Candidate answers of test inputs, the likeliest first; how often they are right, where known."""
     for path in (args.out, *([args.submission] if args.submission else [])):
@@ -239,10 +194,9 @@ def rank_candidates(args):
     for task_id, inputs in candidates.items():
         ranked[task_id], attempts[task_id] = [], []
         for (given, answer), grids in zip(tasks[task_id].test, inputs):
-            distinct = list({(grid.shape, grid.tobytes()): grid for grid in grids}.values())
+            distinct, place = arc_data.unique_grids(grids)
             scores = model.rank(tasks[task_id].train, given, distinct).float().cpu()
-            score_of = {(grid.shape, grid.tobytes()): score for grid, score in zip(distinct, scores.tolist())}
-            rows = [{"grid": grid.tolist(), "score": score_of[grid.shape, grid.tobytes()]} for grid in grids]
+            rows = [{"grid": grid.tolist(), "score": float(scores[i])} for grid, i in zip(grids, place)]
             ranked[task_id].append(sorted(rows, key=lambda row: -row["score"]))
             best = [distinct[i].tolist() for i in scores.argsort(descending=True, stable=True)[:2]]
             attempts[task_id].append({"attempt_1": best[0], "attempt_2": best[-1]})
@@ -259,7 +213,6 @@ def rank_candidates(args):
         print(ranking_table(tasks, known, lejepa.build(cfg).eval()))
     say(f"written: {args.out}" + (f", {args.submission}" if args.submission else ""))
 
-
 def ranking_table(tasks: dict, asked: list, untrained) -> str:
     """Accuracy and nDCG@10 of model and baselines by the same candidates; 0 where the answer is not there."""
     rows = {"model": [scores for *_, scores in asked], "untrained": []}
@@ -274,10 +227,9 @@ def ranking_table(tasks: dict, asked: list, untrained) -> str:
         found = [rank_answer(row, truth, tie) for row, truth in zip(scores, right)]
         columns = [np.array([values[key] for values in found]) for key in RANKED.values()]
         intervals = [evaluation.bootstrap_ci(x, owner) for x in columns]
-        cells.append([name, *(interval(f"{x.mean():.3f}", ends) for x, ends in zip(columns, intervals))])
+        cells.append([name, *(with_interval(x.mean(), ends) for x, ends in zip(columns, intervals))])
     there = sum(truth.any() for truth in right)
     return f"{table(cells)}\n{len(asked)} known answers, {there} of them among the candidates"
-
 
 def rank_answer(scores: torch.Tensor, truth: np.ndarray, tie: float) -> dict[str, float]:
     """The metrics of the candidate (n,) that is the truth; 0 where none is."""
@@ -285,7 +237,6 @@ def rank_answer(scores: torch.Tensor, truth: np.ndarray, tie: float) -> dict[str
         return dict.fromkeys(RANKED.values(), 0.0)
     margin = (scores - scores[int(truth.argmax())])[None]
     return {key: float(value) for key, value in evaluation.rank_metrics(margin, tie).items()}
-
 
 def candidate_baselines(tasks: dict, asked: list) -> dict[str, list]:
     """Scores of every question's candidates by copies and analogies in raw cells and 31 features."""
@@ -304,17 +255,12 @@ def candidate_baselines(tasks: dict, asked: list) -> dict[str, list]:
             score = spaces[name].by_weights(evaluation.QUERIES[query])
             rows[f"{query}, {name}"] = [score(asked)[0][0, len(outputs):] for asked in queries]
     return rows
-
-
 # -------------------------------------------------------------------------------- eval.py compare
-
-
 def compare_runs(args):
     """Runs side by side on the same queries: every metric, its difference from the first run, and codes."""
     short = len({path.name for path in args.runs}) == len(args.runs)
     names = [path.name if short else str(path) for path in args.runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{' '.join(names)}: a run is named twice; compare takes different ones")
+    need(len(set(names)) == len(names), f"{' '.join(names)}: a run is named twice")
     out = args.out or args.runs[0].absolute().parent / "compare"
     check_writable(out)
     loaded = {name: lejepa.load_run(path) for name, path in zip(names, args.runs)}
@@ -330,23 +276,20 @@ def compare_runs(args):
             entries[metric] = {"value": float(values.mean()),
                                "interval": evaluation.bootstrap_ci(values, task),
                                "difference": evaluation.paired_ci(values, first.values[metric][0], task)}
-        ids, _ = object_ids(done.windows.grids)
-        distinct = np.unique(ids, return_index=True)[1]
+        _, distinct = np.unique(object_ids(done.windows.grids)[0], return_index=True)
         codes[name] = torch.cat([found for found, _ in done.codes]).numpy()[distinct]
         if name != names[0] and codes[name].shape[1] and codes[names[0]].shape[1]:
             entries["codes"] = {"agreement": code_agreement(codes[names[0]], codes[name])}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "compare.json", to_json(result))
     page = report.compare_page(out, result, logs)
-    metrics = [metric for metric in result["runs"][names[0]] if metric != "codes"]
-    for start in range(0, len(metrics), 4):
-        cells = [["", *metrics[start:start + 4]]]
-        for name, entries in result["runs"].items():
-            cells.append([name, *(compared(entries[metric], name == names[0]) for metric in cells[0][1:])])
-        print(table(cells) + "\n")
+    cells = [["", *names]]
+    for metric, entry in result["runs"][names[0]].items():
+        others = [entries[metric] for entries in list(result["runs"].values())[1:]]
+        cells.append([metric, with_interval(entry["value"], entry["interval"]), *map(compared, others)])
+    print(table(cells))
     print(f"in brackets: 95 % intervals over tasks; of the others, of the paired difference from {names[0]}")
     print(f"written: {out / 'compare.json'}, {page}")
-
 
 def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
     """Adjusted mutual information of the codes (n, n_codes) of two models of the same objects; 0 is chance.
@@ -357,21 +300,9 @@ def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
     shared = np.array([[adjusted_mutual_info_score(x, y) for y in b.T] for x in a.T])
     return float(shared[linear_sum_assignment(-shared)].mean())
 
-
-def compared(entry: dict, is_first: bool) -> str:
-    if is_first:
-        return interval(f"{entry['value']:.3f}", entry["interval"])
+def compared(entry: dict) -> str:
     return "{:.3f} {:+.3f} [{:+.3f}, {:+.3f}]".format(entry["value"], *entry["difference"])
-
-
 # -------------------------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="eval.py", description="Evaluates a run; the default COMMAND is evaluate.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -404,9 +335,7 @@ def make_parser() -> Parser:
         dest="runs", nargs="+")
     return parser
 
-
 COMMANDS = {"evaluate": evaluate_run, "codes": write_codes, "rank": rank_candidates, "compare": compare_runs}
-
 
 def main(argv: list[str] | None = None):
     signal.signal(signal.SIGINT, signal.default_int_handler)

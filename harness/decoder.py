@@ -1,9 +1,10 @@
-"""What z holds of a grid: a small decoder reads size, colours and cells from frozen z. Never part of the method.
+"""What z holds of a grid: a small decoder reads size, colours and cells from frozen z.
 
     D width of z   n grids   H hidden width
 
-It is trained on grids of the training tasks, each as it is and once more turned and recoloured, and read on
-unseen tasks: from z of the answer, from z_hat, and beside both the given grid taken as the answer.
+It is no part of the method. It is trained on grids of the training tasks, each as it is and once more turned
+and recoloured, and read on unseen tasks: from z of the answer, from z_hat, and beside both the given grid
+taken as the answer.
 """
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def read(self, z: Tensor) -> list[np.ndarray]:
-        """Grids of embeddings z (n, D): of the likeliest size; cells only of colours that are likely at all."""
+        """Grids of embeddings z (n, D): of the likeliest size, and of colours that are likely at all."""
         size, colours, cells = self.eval()(z)
         height, width = (size.argmax(2) + 1).unbind(1)
         present = colours >= torch.minimum(colours.max(1, True).values, torch.zeros(1))        # (n, 10)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import arc_data
 from eval import Evaluation
-from lejepa import CODE_SIZE, SIGREG_NULL, sigreg
+from lejepa import CODE_SIZE, sigreg
 
 SAMPLE = 4096   # windows behind an effective rank
+SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
 SIGREG_N = 192  # size of a sample that SIGReg is measured on: a step of the default run
-
 
 def add_health(model, done: Evaluation) -> Evaluation:
     """The evaluation with the prediction error and the health of context, target and codes."""
@@ -27,22 +27,16 @@ def add_health(model, done: Evaluation) -> Evaluation:
               "context": embedding_health(done.z_hat[sample]), "target": embedding_health(target[sample]),
               "codes": code_health(model, done.windows.grids, done.codes)}
     return done._replace(health=done.health | health)
-
-
 # -------------------------------------------------------------------------------------------- embeddings
-
-
 def spectrum(z: Tensor) -> Tensor:
     """Eigenvalues (D,), rising, of the covariance of z (n, D) + 1e-6 I."""
     z = z.double()
     return torch.linalg.eigvalsh(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1], dtype=z.dtype)).clamp_min(0)
 
-
 def effective_rank(z: Tensor) -> float:
     """How many directions z (n, D) uses: exp of the entropy of the covariance's eigenvalues, 1 to D."""
     values = spectrum(z)
     return float(torch.special.entr(values / values.sum()).sum().exp())
-
 
 def embedding_health(z: Tensor) -> dict[str, float]:
     """Effective rank, variance, isotropy and Gaussian score of z (n, D), as in the recorded runs; SIGReg.
@@ -58,17 +52,12 @@ def embedding_health(z: Tensor) -> dict[str, float]:
             "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)),
             "gaussian_score": float(1 / (1 + off)),
             "sigreg_over_null": tested / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
-
-
 # ------------------------------------------------------------------------------------------------- codes
-
-
 def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
     """The bitmap of each token (n,), which is all that the quantizer reads, as a number; and the tokens."""
     tokens = arc_data.tokenise(grids)
     _, bitmap = np.unique(tokens.bitmaps, axis=0, return_inverse=True)
     return bitmap.ravel()[tokens.shape], tokens
-
 
 def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[str, float]:
     """How evenly codes (n, n_codes) below `size` are used; inputs (n,) identify what a row encodes.
@@ -89,11 +78,9 @@ def code_statistics(codes: np.ndarray, size: int, inputs: np.ndarray) -> dict[st
             "codes_ceiling": code_ceiling(np.unique(inputs, return_counts=True)[1], size),
             "codes_n": len(codes)}
 
-
 def perplexity(counts: np.ndarray) -> float:
     share = counts[counts > 0] / np.sum(counts)
     return math.exp(-(share * np.log(share)).sum())
-
 
 def code_ceiling(counts: np.ndarray, size: int) -> float:
     """Highest exp(entropy) / size of a code with `size` values, for inputs that occur `counts` times.
@@ -108,7 +95,6 @@ def code_ceiling(counts: np.ndarray, size: int) -> float:
         own += 1
     even = np.full(size - own, left / max(size - own, 1))
     return perplexity(np.concatenate([heaviest[:own], even])) / size
-
 
 def code_health(model, grids: list, found: list) -> dict:
     """Use of the codes by occurrence and by distinct object, and which changes of a grid they survive."""
@@ -126,7 +112,6 @@ def code_health(model, grids: list, found: list) -> dict:
     for name, colours, symmetry in (("recoloured", other, 0), ("mirrored", same, 4), ("transposed", same, 1)):
         result[f"codes_kept_when_{name}"] = kept_codes(model, grids, found, colours, symmetry)
     return result
-
 
 def kept_codes(model, grids: list, before: list, colours: np.ndarray, symmetry: int) -> float | None:
     """Share of objects that keep all codes when grids get `colours` (10,) and turn by `symmetry`.

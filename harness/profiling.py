@@ -17,10 +17,7 @@ from lejepa import Config, batch_loss, train_step
 
 PARTS = ("data", "code", "encoder", "predictor", "sigreg", "optimizer")        # ranges named in the trace
 WARM, TRACED = 3, 3                                    # steps before the trace, and in it
-
 # ------------------------------------------------------------------------------------------------- compile
-
-
 def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
     """Runs torch.compile on the parts of a step, with dynamic sizes. False, with a line, where that fails.
 
@@ -49,15 +46,10 @@ def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
         model.load_state_dict(before)
         model.zero_grad(set_to_none=True)
 
-
 def eager(cfg: Config):
     """Inside it nothing compiled runs: for other sizes than training has, and for counting operations."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------------------------------- trace
-
-
 def profile(model, optimizers, data: TaskSet, cfg: Config):
     """Writes a trace of the step into <run>/profile/, for TensorBoard and Perfetto; prints tables."""
     model.train()
@@ -81,7 +73,6 @@ def profile(model, optimizers, data: TaskSet, cfg: Config):
           f"utilisation {share:.1%} of a {cfg.dtype} matrix product")
     print(f"trace: {path}; open it in Perfetto, or with: tensorboard --logdir {cfg.run}")
 
-
 def trace_steps(model, optimizers, data: TaskSet, cfg: Config):
     """Runs the training step under torch.profiler. Returns the profiler, and windows a second without it."""
     def take(step):
@@ -102,7 +93,6 @@ def trace_steps(model, optimizers, data: TaskSet, cfg: Config):
     taken = [take(step) for step in range(TRACED)]
     float(taken[-1][0])                                # one wait for all
     return profiler, sum(windows for _, windows in taken) / (time.monotonic() - begin)
-
 
 def part_times(events, device: str) -> dict[str, float]:
     """Microseconds by part, and of the rest of the steps as `other`. On a GPU they are the times of kernels.
@@ -135,7 +125,6 @@ def part_times(events, device: str) -> dict[str, float]:
     whole = sum(spent(event) for event in events if event.name.startswith("ProfilerStep"))
     return times | {"other": max(0.0, whole - sum(times.values()))}
 
-
 def repair(trace: dict) -> dict:
     """The trace in the words of torch-tb-profiler 0.4.3, which lacks cuda_runtime and named ranges."""
     kinds = {"cuda_runtime": "Runtime", "cuda_driver": "Runtime", "user_annotation": "cpu_op"}
@@ -144,11 +133,7 @@ def repair(trace: dict) -> dict:
         if event.get("name") == "data" and event["cat"] == "cpu_op":
             event["name"] = "enumerate(DataLoader)#TaskSet.__next__"
     return trace
-
-
 # --------------------------------------------------------------------------------------------- utilisation
-
-
 def matmul_rate(cfg: Config, repeats: int = 5) -> float:
     """Floating-point operations a second of large square matrix products in the run's type."""
     size, many = (8192, 20) if cfg.device == "cuda" else (2048, 1)             # `many` products between waits
@@ -163,14 +148,12 @@ def matmul_rate(cfg: Config, repeats: int = 5) -> float:
         seconds.append(time.perf_counter() - begin)
     return many * 2 * size ** 3 / min(seconds[1:])
 
-
 def model_flops(model, batch: Batch, cfg: Config) -> int:
     """Floating-point operations of the matrix products of a forward and backward, without the optimizer's."""
     from torch.utils.flop_counter import FlopCounterMode
     with eager(cfg), FlopCounterMode(display=False) as counter:
         batch_loss(model, batch, 0, cfg)[0].backward()
     return counter.get_total_flops()
-
 
 def utilisation(model, data: TaskSet, cfg: Config, seconds: float) -> float:
     """Model FLOPs utilisation of the run's first steps, which take `seconds` each."""

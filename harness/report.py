@@ -27,9 +27,7 @@ from lejepa import CODE_SIZE
 
 RETRIEVAL = (METRIC, "ndcg10", "all_demonstrations", "within_task", "hard_ndcg10", "hard_r1")
 FEW = 100  # windows; health is not judged on fewer
-
 # ------------------------------------------------------------------------------------------------ alerts
-
 STALL = 10  # evaluations
 ALERTS = {  # why the recorded runs should have been stopped: figure, are its values bad, the worst of them
     "code usage below 8 % at three evaluations in a row":
@@ -37,14 +35,13 @@ ALERTS = {  # why the recorded runs should have been stopped: figure, are its va
     "code usage below 5 %": ("codes_usage", lambda v: v[-1] < 0.05, min),
     "effective rank of the context below 3": ("effective_rank_context", lambda v: v[-1] < 3, min),
     "effective rank of the target below 5": ("effective_rank_target", lambda v: v[-1] < 5, min),
-    "gradient norm above 30 at five logged steps in a row":
-        ("grad_norm", lambda v: len(v) > 4 and min(v[-5:]) > 30, max),
+    "gradient norm above 30 at five logged steps in a row, the first ten left out":
+        ("grad_norm", lambda v: len(v) > 14 and min(v[-5:]) > 30, max),
     "validation loss above twice that of the evaluation before":
         ("validation_loss", lambda v: len(v) > 1 and v[-1] > 2 * v[-2], max),
     f"no better nDCG@10 without out1 in {STALL} evaluations":
         (METRIC, lambda v: len(v) > STALL and max(v[-STALL:]) <= max(v[:-STALL]), max)}
 ALERT_STATUS = 3  # exit status of a run that --stop-on-alert ended
-
 
 class Alerts:
     """Watches the figures of a run that is under way, or of one read from its log."""
@@ -74,7 +71,6 @@ class Alerts:
                 lines.append(f"alert at step {row['step']}: {name}: {figure}")
         self.lines += lines
         return lines
-
 
 def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str, bool | None, str]]:
     """What the recorded assessment asked of a run, and each alert: name, is it met (None: unknown), text."""
@@ -110,7 +106,6 @@ def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str,
         judged.append((f"no alert: {name}", met, text))
     return judged
 
-
 def largest_share(log: list[dict], lam: float) -> float | None:
     """The larger of the shares that prediction and SIGReg have in the loss, each the mean over the rows."""
     rows = [[number(row.get(key)) for key in ("prediction", "loss")] for row in log]
@@ -122,11 +117,8 @@ def largest_share(log: list[dict], lam: float) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------ sections
-
-
 def data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
-
 
 def picture(grid: np.ndarray, caption: str, side: int = 60, is_truth: bool = False) -> dict:
     """A grid as an image of one pixel a cell, which the browser enlarges to at most `side` pixels."""
@@ -134,7 +126,6 @@ def picture(grid: np.ndarray, caption: str, side: int = 60, is_truth: bool = Fal
     matplotlib.image.imsave(drawn, PALETTE[grid], format="png", metadata={"Software": None})
     size = {"height": cell * grid.shape[0], "width": cell * grid.shape[1]}
     return size | {"uri": data_uri(drawn.getvalue()), "caption": caption, "truth": is_truth}
-
 
 def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
     """Windows of as many tasks: context and truth, its rank, and the candidates nearest to z_hat."""
@@ -181,14 +172,12 @@ def symbols(codes: np.ndarray, ids: np.ndarray, tokens, examples: int = 8) -> li
             cards.append({"title": title, "lines": [line]})
     return cards
 
-
 def object_cells(tokens, i: int) -> np.ndarray:
     """Token i as places in PALETTE: an object in its colour; of a whole grid, the background and the rest."""
     side, (height, width) = arc_data.SIDE, tokens.box[i, 2:]
     bits = np.unpackbits(tokens.bitmaps[tokens.shape[i]], count=side * side).reshape(side, side)
     inside, outside = (11, tokens.colour[i]) if i in tokens.start else (tokens.colour[i], arc_data.PAD)
     return np.where(bits[:height, :width], inside, outside)
-
 
 def result_sentence(entry: dict, lead: dict) -> str:
     best = best_baseline(entry)
@@ -199,7 +188,6 @@ def result_sentence(entry: dict, lead: dict) -> str:
     return (f"The model {verdict} the best baseline ({best}): nDCG@10 without out1 is {entry['model']:.3f} "
             f"for the model, {entry['baselines'][best]:.3f} for the baseline; they differ by {gap:+.3f}, "
             f"95 % interval {low:+.3f} to {high:+.3f}.")
-
 
 def health_sentence(done, log: list[dict]) -> str:
     count = len(done.windows.task)
@@ -215,7 +203,6 @@ def health_sentence(done, log: list[dict]) -> str:
     return (f"{state}: the effective rank is {context:.1f} for the context and {target:.1f} for the target, "
             f"of {done.z.shape[1]} dimensions{''.join(usage)}.")
 
-
 def leaks_sentence(data: dict) -> str:
     shared, tasks = data["shared_with_training"], f"{data['tasks']:,} tasks"
     if shared is None:
@@ -224,12 +211,11 @@ def leaks_sentence(data: dict) -> str:
         return f"{shared:,} of the {tasks} share a pair with the training tasks: these are not unseen."
     return f"None of the {tasks} shares a pair with the training tasks."
 
-
 def summary(done) -> list[list]:
     """Cells of the first table: each metric, its best baseline, and their difference where it is known."""
     cells = [["metric", "model", "best baseline", "its value", "difference", "n"]]
-    for name in evaluation.METRICS:
-        entry, best = done.metrics[name], best_baseline(done.metrics[name])
+    for name, entry in done.metrics.items():
+        best = best_baseline(entry)
         if entry["model"] is not None:
             lead = done.health["lead"].get(best, {}).get(name)
             gap = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*lead) if lead else None
@@ -237,13 +223,11 @@ def summary(done) -> list[list]:
             cells.append([name, model, best, entry["baselines"].get(best), gap, entry["n"]])
     return cells
 
-
 def every_row(metrics: dict, names: tuple) -> list[list]:
     """Cells of a table of all rows, the model first."""
     rows = dict.fromkeys(row for name in names for row in metrics[name]["baselines"])
     cells = [[row, *(metrics[name]["baselines"].get(row) for name in names)] for row in rows]
     return [["row", *names], ["model", *(metrics[name]["model"] for name in names)], *cells]
-
 
 def flat(values: dict, prefix: str = "") -> list[list]:
     """[name, value] of every figure in nested dictionaries."""
@@ -251,7 +235,6 @@ def flat(values: dict, prefix: str = "") -> list[list]:
     for name, value in values.items():
         cells += flat(value, f"{prefix}{name}: ") if isinstance(value, dict) else [[f"{prefix}{name}", value]]
     return cells
-
 
 def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
     """Spectrum, map, and use of the codes; what the data are too few for is left out."""
@@ -274,11 +257,7 @@ def health_figures(done, codes: np.ndarray, ids: np.ndarray) -> list:
             counts["uniform"] = np.full(CODE_SIZE, len(chosen) / CODE_SIZE)
             figures.append(plot_ranked(f"{name} with each code, n = {len(chosen):,}", counts))
     return figures
-
-
 # ------------------------------------------------------------------------------------------------ pages
-
-
 def show(value) -> str:
     """A value of a table: a dash for None, three digits of a fraction, a comma between thousands."""
     if value is None:
@@ -286,7 +265,6 @@ def show(value) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else short(value, 200)
-
 
 def write_page(path: Path, **values) -> Path:
     """A page of the template, which takes charts as figures and tables as lists of lines."""
@@ -298,7 +276,6 @@ def write_page(path: Path, **values) -> Path:
     values["colours"] = ["rgb({}, {}, {})".format(*rgb) for rgb in PALETTE]
     write_file(path, pages.from_string(template).render(values).encode())
     return path
-
 
 @styled
 def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict,
@@ -314,13 +291,13 @@ def write_report(folder: Path, done, facts: dict, log: list[dict], result: dict,
               "Decoded from z, every row": every_row(done.metrics, tuple(METRICS) if decoded else ()),
               "Health and probes": [["figure", "value"], *flat(done.health | {"lead": {}})]}
     return write_page(
-        Path(folder) / "report.html", decoded=drawn(done, decoded or {}), title=f"{facts['run']} on {done.data['source']}", runs=None,
+        Path(folder) / "report.html", title=f"{facts['run']} on {done.data['source']}", runs=None,
+        decoded=drawn(done, decoded or {}),
         facts=facts, data=done.data, opening=sentences, summary=summary(done), neighbours=neighbours(done),
         retrieval=plot_bars({name: entries[name] for name in RETRIEVAL}), symbols=symbols(codes, ids, tokens),
         pairs=plot_bars({name: entries[name] for name in pairwise}), health=health_figures(done, codes, ids),
         training=plot_training({"": log}, number(result.get(f"baseline_{METRIC}"))), tables=tables,
         criteria=criteria(log, result, facts["lam"], done))
-
 
 @styled
 def compare_page(folder: Path, result: dict, logs: dict[str, list[dict]]) -> Path:

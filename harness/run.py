@@ -28,7 +28,7 @@ import torch
 import arc_data
 import eval as evaluation
 import lejepa
-from arc_data import TaskSet, TokenTable, make_windows
+from arc_data import TaskSet, TokenTable, make_windows, need
 from harness import checkpoint, profiling, report
 from harness.charts import best_baseline
 from harness.checkpoint import write_file
@@ -40,14 +40,10 @@ SAMPLED = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")               #
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
 LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
           "demonstrations": (1, 16), "lam": (0, 1), "memory": (0, 2**20), "seed": (0, 2**31 - 1)}
-
 # --------------------------------------------------------------------------------------------------- flags
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
-
 
 def make_parser() -> Parser:
     """A flag for each field of Config, with its type, choices and help text."""
@@ -70,7 +66,6 @@ def make_parser() -> Parser:
             metavar = None if choices else kind.__name__.upper()
             parser.add_argument(flag, type=kind, default=default, help=text, choices=choices, metavar=metavar)
     return parser
-
 
 def parse_flags(argv: list[str] | None = None) -> Config:
     """The Config of a command line. Exits with status 2 and one line for a flag that is wrong or ignored."""
@@ -95,11 +90,7 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     if cfg.code == "ema" and cfg.lam == 0:
         parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
     return lejepa.resolve_defaults(cfg)
-
-
 # -------------------------------------------------------------------------------------------------- folder
-
-
 @functools.cache
 def commit() -> str:
     """The commit of this checkout, marked -dirty if a tracked file differs from it; empty without git."""
@@ -110,12 +101,10 @@ def commit() -> str:
     except OSError:
         return ""
 
-
 def describe_device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     """Makes and locks the run's folder. A folder with other content is used with --resume or --profile only.
@@ -125,8 +114,7 @@ def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     if cfg.run is None:
         cfg = dataclasses.replace(cfg, run=make_default_folder(cfg))
     folder = Path(cfg.run)
-    if cfg.resume and not folder.is_dir():
-        raise ValueError(f"--resume: there is no folder {cfg.run}")
+    need(folder.is_dir() or not cfg.resume, f"--resume: there is no folder {cfg.run}")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_used(cfg, folder)
     lock = filelock.FileLock(folder / "lock", timeout=0)
@@ -141,7 +129,6 @@ def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
         print(f"the run in {cfg.run} ended before its first checkpoint; it begins again", file=sys.stderr)
     return cfg, lock
 
-
 def make_default_folder(cfg: Config) -> str:
     name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.size}-{cfg.objective}"
     for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
@@ -150,17 +137,13 @@ def make_default_folder(cfg: Config) -> str:
             return name + suffix
     raise ValueError(f"{name} and 998 numbered names after it exist; name a folder with --run")
 
-
 def refuse_used(cfg: Config, folder: Path):
     """ValueError for a folder that this run cannot use, as it is or without --resume."""
-    unused = is_unused(folder)
-    if cfg.resume and unused:
-        raise ValueError(f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
-    if not (unused or cfg.resume or cfg.profile):
-        can_resume = any(folder.glob("*.safetensors"))
-        way_out = ("add --resume to continue it, or " if can_resume else "") + "name another folder"
-        raise ValueError(f"--run {cfg.run} is not empty; {way_out}")
-
+    unused, can_resume = is_unused(folder), any(folder.glob("*.safetensors"))
+    need(not (cfg.resume and unused),
+         f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
+    way_out = "add --resume to continue it, or name another folder" if can_resume else "name another folder"
+    need(unused or cfg.resume or cfg.profile, f"--run {cfg.run} is not empty; {way_out}")
 
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds what a run leaves that ended before its first checkpoint."""
@@ -170,7 +153,6 @@ def is_unused(folder: Path) -> bool:
     if log.is_file() and not log.stat().st_size:
         curves.add("log.jsonl")
     return not names or ("lock" in names and names <= curves | {"lock", "config.json"})
-
 
 def write_config(cfg: Config, compiled: bool):
     """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""
@@ -185,15 +167,10 @@ def write_config(cfg: Config, compiled: bool):
         changed = {name: getattr(cfg, name) for name in checkpoint.FREE_TO_CHANGE if name != "resume"}
         record = checkpoint.read_json(path) | changed | {"compiled": compiled}
     write_file(path, json.dumps(record, indent=1).encode())
-
-
 # ----------------------------------------------------------------------------------------------------- log
-
-
 def eval_interval(cfg: Config) -> int:
     """Steps between two evaluations on unseen tasks, each with a checkpoint: 100, or a 20th of the run."""
     return max(100, cfg.steps // 20)
-
 
 class RunLog:
     """The record of a run: lines on the screen, in log.jsonl and TensorBoard; evaluations; checkpoints.
@@ -209,7 +186,7 @@ class RunLog:
         self.held_out, self.unseen = held_out, make_windows(held_out)
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
-        self.digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+        self.digest = state["tasks_sha256"]
         self.validation = TaskSet(held_out, cfg.device, cfg.demonstrations, augment=False)
         table = TokenTable(self.unseen.grids, cfg.device, turned=False)
         self.objects = table.pack_grids(np.arange(len(self.unseen.grids)))
@@ -270,7 +247,8 @@ class RunLog:
         left = (time.monotonic() - self.begin) * (self.cfg.steps - step) / (step - self.start)
         print(f"step {step:>{len(str(self.cfg.steps))}}/{self.cfg.steps}  loss {values['loss']:.4f}"
               f"  prediction {values['prediction']:.4f}  sigreg z {values['sigreg_z']:.3f}"
-              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s  {left / 60:.1f} min left",
+              f" y {values['sigreg_y']:.2f}  |grad| {values['grad_norm']:.2f}  {rate:.0f} windows/s"
+              f"  {left / 60:.1f} min left",
               flush=True)
         if figures:
             shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
@@ -284,10 +262,11 @@ class RunLog:
     def evaluate(self, step: int) -> dict:
         """Figures on a sample of the unseen tasks, and on some training tasks (prefixed train_)."""
         begin, model = time.monotonic(), self.model.eval()
-        pool = model.embed([self.unseen.grids[i] for i in self.unseen.outputs]).cpu()
+        pool, seen_pool = (model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
+                           for windows in (self.unseen, self.seen))
         figures = evaluate_sample(model, self.unseen, pool)
         figures["validation_prediction"] = figures.pop("prediction")
-        seen = evaluate_sample(model, self.seen)
+        seen = evaluate_sample(model, self.seen, seen_pool)
         figures |= {"train_" + name: seen[name] for name in ("ndcg10_without_out1", "within_task")}
         figures["validation_loss"] = self.validation_loss()
         is_filled = self.objects.grid < len(self.objects.first)
@@ -331,7 +310,7 @@ class RunLog:
 
     @torch.no_grad()
     def finish(self, untrained, epoch: int, steps: int) -> dict:
-        """The full evaluation at the end of the run, as result.json, result.png and a block of lines."""
+        """The full evaluation at the end of the run: result.json, result.png, and the closing lines."""
         model = self.model.eval()
         result = result_figures(add_health(model, evaluation.evaluate(model, untrained, self.held_out)))
         rows = checkpoint.read_log(self.folder)
@@ -347,25 +326,19 @@ class RunLog:
         for name, value in result.items():
             if not isinstance(value, dict):
                 print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-        return result
-
-    def summary(self, result: dict) -> str:
-        """The closing lines: the result beside the best baseline, the picture, the next command."""
         value, best = result["ndcg10_without_out1"], result["baseline_ndcg10_without_out1"]
         line = "the unseen tasks are too few for nDCG@10 without out1"
         if value is not None and best is not None:
             line = f"nDCG@10 without out1 {value:.3f} on unseen tasks; best baseline {best:.3f}"
-        return (f"\n{line}\n"
-                f"picture: {self.folder / 'result.png'}\nfull report: python eval.py {self.folder}")
-
+        print(f"\n{line}\npicture: {self.folder / 'result.png'}")
+        print(f"full report: python eval.py {self.folder}", flush=True)
+        return result
 
 @torch.no_grad()
-def evaluate_sample(model, windows, pool: torch.Tensor | None = None, limit: int = 1024, seed: int = 0):
+def evaluate_sample(model, windows, pool: torch.Tensor, limit: int = 1024, seed: int = 0) -> dict:
     """Figures of a seeded sample of `limit` windows in the whole pool (P, D), for use during training."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(windows.task))[:limit])
-    if pool is None:
-        pool = model.embed([windows.grids[i] for i in windows.outputs])
-    pool, z_hat = pool.float().cpu(), model.predict(evaluation.contexts(windows, rows)).float().cpu()
+    z_hat = model.predict(evaluation.contexts(windows, rows)).float().cpu()
     every = torch.zeros(len(windows.task), z_hat.shape[1])
     every[rows] = z_hat
     space = evaluation.Space(torch.arange(len(pool)), pool, measure=evaluation.euclidean)
@@ -376,7 +349,6 @@ def evaluate_sample(model, windows, pool: torch.Tensor | None = None, limit: int
     return result | {"prediction": float((z_hat - target).square().mean()),
                      "effective_rank_context": effective_rank(z_hat),
                      "effective_rank_target": effective_rank(target)}
-
 
 def result_figures(done: evaluation.Evaluation) -> dict:
     """What result.json takes from an evaluation, flat."""
@@ -395,19 +367,14 @@ def result_figures(done: evaluation.Evaluation) -> dict:
                                  if row in entry["baselines"]} for row in entries["ndcg10"]["baselines"]}
     result["intervals"] = {name: entry["interval"] for name, entry in entries.items()}
     return result | {"lead": health["lead"], "validation_windows": done.data["windows"]}
-
-
 # ----------------------------------------------------------------------------------------------------- run
-
-
 def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     """Everything else that can fail by what was given, before the first step. Errors say what."""
     data = TaskSet(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = lejepa.make_optimizers(model, cfg)
-    start = 0
-    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0}
-    digest = arc_data.tasks_digest(tasks) + arc_data.tasks_digest(held_out)
+    digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)
+    start, state = 0, {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0, "tasks_sha256": digest}
     if cfg.resume:
         start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
     compiled = cfg.compile and profiling.compile_parts(model, data, cfg)
@@ -419,13 +386,11 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
         log.save(0)                                    # so that a run that is killed early can be resumed
     return data, model, optimizers, log, start
 
-
 def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
-    cut = data.table.cut
+    cut = data.table.tokens.cut
     return (f"run folder: {cfg.run}\n{len(tasks)} training tasks, {data.windows} windows; {len(leaks)} tasks "
             f"left out, because they share a pair with a validation task; {len(held_out)} validation tasks\n"
             f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects")
-
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""
@@ -443,8 +408,7 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
             steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
             log.trained = True
             if not log.signal and not log.alerted:
-                result = log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
-                print(log.summary(result), flush=True)
+                log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
         finally:
             log.close()
     except KeyboardInterrupt:
@@ -461,7 +425,6 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
         return 128 + log.signal
     return 0
 
-
 def keep_large_blocks():
     """Makes glibc keep freed blocks, which the kernel would zero again at every step. No effect elsewhere."""
     try:
@@ -471,16 +434,13 @@ def keep_large_blocks():
     mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
     mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take at most 32 MB
 
-
 def quiet_disk_errors(failed):
     """Hides the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
-
 def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
 
 def main():
     begin = time.monotonic()

@@ -44,7 +44,8 @@ def altered(shape: np.ndarray, rng) -> dict[str, np.ndarray]:
 def is_shape(image: np.ndarray) -> bool:
     """One 8-connected object that fills its box to all four sides."""
     fits = max(image.shape) <= arc_data.SIDE and image[0].any() and image[-1].any()
-    return bool(fits and image[:, 0].any() and image[:, -1].any() and ndimage.label(image, np.ones((3, 3)))[1] == 1)
+    fits = fits and image[:, 0].any() and image[:, -1].any()
+    return bool(fits and ndimage.label(image, np.ones((3, 3)))[1] == 1)
 
 
 def properties(shape: np.ndarray) -> dict[str, int]:
@@ -73,7 +74,7 @@ def entropy(a: np.ndarray) -> float:
 
 
 def first_code_figures(model, grids: list) -> dict:
-    """What the first code of a shape tells: where it stays the same, by chance too, and bits of properties."""
+    """What the first code of a shape tells: when it stays the same, and bits of a shape's properties."""
     shapes = [shape for shape in shapes_of(grids) if is_shape(shape)]
     codes, rng = codes_of(model, shapes)[:, 0], np.random.default_rng(0)
     changed, kept = [altered(shape, rng) for shape in shapes], {}
@@ -87,7 +88,8 @@ def first_code_figures(model, grids: list) -> dict:
     shapes, codes = [shape for shape, code in zip(shapes, codes) if code >= 0], codes[codes >= 0]
     if not len(codes):
         return {}
-    share, told = np.unique(codes, return_counts=True)[1] / len(codes), [properties(shape) for shape in shapes]
+    share = np.unique(codes, return_counts=True)[1] / len(codes)
+    told = [properties(shape) for shape in shapes]
     columns = {name: np.array([row[name] for row in told]) for name in told[0]}
     bits = {name: {"told": information(codes, x), "of": entropy(x)} for name, x in columns.items()}
     return {"first code is kept when": kept | {"by chance": float((share ** 2).sum())},

@@ -233,7 +233,7 @@ def fork():
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
     slow_imports = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot"]
-    context.set_forkserver_preload(["forked", "test_recovery", "test_hostile", *slow_imports])
+    context.set_forkserver_preload(["forked", "test_recovery", "test_hostile", "test_run", *slow_imports])
 
     def process(target, *args):
         begun = context.Process(target=target, args=args)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_data
 from arc_data import Task, TaskSet, TokenTable
+from harness import checkpoint
 
 WINDOWS = {"arcagi1:training": 6128, "arcagi1:evaluation": 6612,
            "arcagi2:training": 15350, "arcagi2:evaluation": 1912}
@@ -342,18 +343,11 @@ def test_a_path_that_exists_is_taken_whole_though_it_has_a_comma_or_a_plus(tmp_p
     assert list(arc_data.load_tasks(str(path))) == ["t"]
 
 
-def test_missing_test_outputs_are_counted_in_a_line(tmp_path):
-    path, outputs = challenges(tmp_path)
-    line = arc_data.count_missing(arc_data.load_tasks(str(path)))
-    assert line.startswith("4 test pairs have no output") and "\n" not in line
-    assert arc_data.count_missing(synthetic_tasks(0)) == ""
-
-
 def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_output_alone():
     tasks = synthetic_tasks(0, tasks=3)
-    expected = arc_data.tasks_digest(tasks)
+    expected = checkpoint.tasks_digest(tasks)
     assert re.fullmatch("[0-9a-f]{64}", expected)
-    assert arc_data.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
+    assert checkpoint.tasks_digest(synthetic_tasks(0, tasks=3)) == expected
     first = tasks["task00"]
     given, output = first.train[0]
     cell = given.copy()
@@ -365,7 +359,7 @@ def test_the_digest_changes_with_an_id_a_cell_a_shape_an_order_or_a_missing_outp
                Task(first.train + first.test, []), Task(first.train, first.test * 2)]
     others = [tasks | {"task00": task} for task in changes]
     others += [dict(reversed(tasks.items())), {i + "x": task for i, task in tasks.items()}]
-    assert len({expected, *map(arc_data.tasks_digest, others)}) == len(others) + 1
+    assert len({expected, *map(checkpoint.tasks_digest, others)}) == len(others) + 1
 
 
 def test_what_real_files_hold_is_accepted(place):
@@ -400,6 +394,7 @@ def test_sources_are_joined_by_commas_and_read_as_they_are(tmp_path):
 # --------------------------------------------------------------------------------------------------- splits
 
 
+@pytest.mark.whole
 def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     tasks, held_out, leaks = arc_data.split("arcagi2:training", None)
     assert (len(tasks), len(held_out), len(leaks), len(set(leaks))) == (623, 400, 377, 377)
@@ -409,6 +404,7 @@ def test_of_agi_2_training_377_tasks_leave_and_623_stay(arc):
     assert len(set(leaks) & set(held_out)) == 376                          # one more by its content
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("data, validate", [("arcagi2:training", "dev"), ("arcagi1:training", None),
                                             ("arcagi1:training", "dev"),
                                             ("arcagi1:evaluation", "arcagi2:evaluation")])
@@ -420,6 +416,7 @@ def test_training_and_validation_share_no_task_even_up_to_symmetry_and_colour(ar
     assert leaks
 
 
+@pytest.mark.whole
 def test_a_planted_copy_of_a_validation_task_leaves_though_turned_and_recoloured(arc, tmp_path):
     planted = disguised(arc("arcagi1:evaluation")["00576224"])
     other = synthetic_tasks(3, tasks=1)["task00"]

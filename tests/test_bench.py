@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import synthetic_tasks
 
+import arc_data
 import lejepa
 from arc_data import Task, TaskSet
 from harness import bench, profiling, run
@@ -107,6 +108,12 @@ def test_a_time_is_that_of_one_call_however_many_are_made_between_two_waits(monk
     assert bench.timed(device.call, "cpu") == pytest.approx(0.001)           # nothing waits for a GPU
 
 
+def trace_one_step(monkeypatch):
+    monkeypatch.setattr(profiling, "WARM", 1)
+    monkeypatch.setattr(profiling, "TRACED", 1)
+
+
+@pytest.mark.whole
 def test_a_mode_that_fails_and_a_late_compilation_are_failures_and_the_other_rows_stay(monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA out of memory\nmore")
@@ -119,6 +126,7 @@ def test_a_mode_that_fails_and_a_late_compilation_are_failures_and_the_other_row
     monkeypatch.setattr(profiling, "compile_parts", fail)
     monkeypatch.setattr(lejepa, "train_step", compiling)
     monkeypatch.setattr(bench, "FIRST", 1)
+    trace_one_step(monkeypatch)
     args = argparse.Namespace(size=["small"], windows=[12], modes=["eager", "compiled"], device="cpu",
                               rounds=1, data=TaskSet(synthetic_tasks(35)), failures=[],
                               product={"fp32": 1e9, "bf16": 1e9})
@@ -157,11 +165,10 @@ def test_the_backward_of_a_part_counts_as_that_part(part, monkeypatch):
 
     def slow(*inputs):
         y = forward(*inputs)
-        y.register_hook(lambda grad: time.sleep(0.3))
+        y.register_hook(lambda grad: time.sleep(0.6))
         return y
     owner.forward = slow
-    monkeypatch.setattr(profiling, "WARM", 1)
-    monkeypatch.setattr(profiling, "TRACED", 2)
+    trace_one_step(monkeypatch)
     profiler, rate = profiling.trace_steps(model, optimizers, data, cfg)
     events = profiler.events()
     times = profiling.part_times(events, "cpu")
@@ -196,13 +203,24 @@ def test_a_wrong_flag_is_one_line_and_status_2(words, text, capsys):
 
 
 @pytest.mark.whole
-def test_bench_prints_its_tables_and_writes_them(tmp_path):
+def test_bench_prints_its_tables_and_writes_them(tmp_path, monkeypatch, capsys):
+    """On small tasks, a small model and small samples; the next test runs the command itself."""
+    monkeypatch.setattr(arc_data, "split", lambda *_: (synthetic_tasks(36), {}, []))
+    monkeypatch.setattr(bench, "SHAPES", [(64, 8), (96, 16)])
+    monkeypatch.setattr(bench, "FIRST", 2)
+    monkeypatch.setattr(profiling.matmul_rate, "__defaults__", (1,))
+    trace_one_step(monkeypatch)
+    monkeypatch.setattr(run, "keep_large_blocks", lambda: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     words = ["--modes", "naive", "eager", "--rounds", "1", "--windows", "24", "--out", str(tmp_path / "out")]
-    done = subprocess.run(COMMAND + words, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0, printed
     tables = json.loads((tmp_path / "out" / "bench.json").read_text())["tables"]
     assert len(tables) == 3 and all(row for table in tables for row in table["rows"])
-    assert (tmp_path / "out" / "bench.md").read_text().strip() == done.stdout.strip()
+    assert (tmp_path / "out" / "bench.md").read_text().strip() == printed.strip()
 
 
 @pytest.mark.whole

@@ -20,6 +20,12 @@ def toy_width(monkeypatch):
         monkeypatch.setitem(lejepa.SIZES, name, toy)
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    one_layer = lejepa.SIZES["small"]._replace(encoder_layers=1, predictor_layers=1)
+    monkeypatch.setitem(lejepa.SIZES, "small", one_layer)
+
+
 def make(size, device, tasks, code="gaussian", objective="lejepa"):
     cfg = lejepa.resolve_defaults(lejepa.Config(size=size, device=device, dtype="fp32", batch_size=WINDOWS,
                                                 steps=2, compile=False, code=code, objective=objective))
@@ -77,7 +83,8 @@ def test_a_cpu_tensor_among_gpu_tensors_is_an_error():
         assert (x + torch.tensor(1.0)).sum().item() == 6                       # a scalar is passed along
 
 
-def test_the_checks_of_the_bench_pass_and_name_a_planted_wait(monkeypatch):
+@pytest.mark.whole
+def test_the_checks_of_the_bench_pass_and_name_a_planted_wait(shallow, monkeypatch):
     tasks, write = synthetic_tasks(43), lejepa.update_average
     with simulated_cuda():
         case = bench.Step(TaskSet(tasks, "cuda"), "small", "fp32", "eager", WINDOWS)
@@ -85,11 +92,12 @@ def test_the_checks_of_the_bench_pass_and_name_a_planted_wait(monkeypatch):
         assert list(bench.check(case, tasks)) == []
         waiting = lambda model, step: write(model, int(torch.ones(1, device="cuda")))
         monkeypatch.setattr(lejepa, "update_average", waiting)
-        (line,) = [line for line in bench.check(case, tasks) if "wait" in line]
-        assert "lejepa.py" in line or "test_cuda.py" in line
+        line = next(bench.check(case, tasks))
+        assert "wait" in line and "lejepa.py" in line
 
 
-def test_the_checks_of_the_bench_find_results_other_than_the_cpus(monkeypatch):
+@pytest.mark.whole
+def test_the_checks_of_the_bench_find_results_other_than_the_cpus(shallow, monkeypatch):
     tasks = synthetic_tasks(44)
     with simulated_cuda():
         case = bench.Step(TaskSet(tasks, "cuda"), "small", "fp32", "eager", WINDOWS)
@@ -111,7 +119,9 @@ def a_run(folder, device, steps, resume=False):
     return values(model, optimizers), log, data
 
 
-def test_a_run_on_a_gpu_is_evaluated_saved_and_resumed_with_the_weights_of_the_cpu(monkeypatch, tmp_path):
+@pytest.mark.whole
+def test_a_run_on_a_gpu_is_evaluated_saved_and_resumed_with_the_weights_of_the_cpu(
+        shallow, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "eval_interval", lambda cfg: 2)
     expected, log, _ = a_run(tmp_path / "cpu", "cpu", 4)
     log.close()

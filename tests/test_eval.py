@@ -315,6 +315,7 @@ def test_the_order_of_demonstrations_changes_no_baseline(windows, tests):
         torch.testing.assert_close(score(q)[0], score(turned)[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("source, count, published", [("arcagi1:evaluation", 419, (0.882, 0.860)),
                                                       ("arcagi2:evaluation", 167, (0.831, 0.844))])
 def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, count, published):
@@ -341,6 +342,7 @@ def test_baselines_of_all_demonstrations_are_the_published_ones(arc, source, cou
 # -------------------------------------------------------------------------------- baselines
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("query, source", PUBLISHED)
 def test_baselines_of_agi_1_evaluation_are_the_published_ones_within_0_005(real, spaces, query, source):
     _, windows = real
@@ -867,9 +869,10 @@ def test_the_best_baseline_without_learning_leaves_the_trained_weights_out(done,
 
 def test_the_figures_of_a_sample_of_all_windows_are_the_full_ones(windows, done):
     model, result = Toy(), run.result_figures(done)
-    sample = run.evaluate_sample(model, windows, limit=10**6)
+    pool = model.embed([windows.grids[i] for i in windows.outputs])
+    sample = run.evaluate_sample(model, windows, pool, limit=10**6)
     assert {name: pytest.approx(result[name], rel=1e-5) for name in sample} == sample
-    some = run.evaluate_sample(model, windows, limit=20, seed=5)
+    some = run.evaluate_sample(model, windows, pool, limit=20, seed=5)
     chosen = np.sort(np.random.default_rng(5).permutation(len(windows.task))[:20])
     for name in ("within_task", "r1"):
         assert some[name] == pytest.approx(done.values[name][0][chosen].mean())

@@ -1189,6 +1189,7 @@ def run_script(script, folder=ROOT, **environment):
     return done.stdout
 
 
+@pytest.mark.whole
 def test_importing_a_module_changes_nothing_in_the_process():
     script = STATE + """
 before = state()
@@ -1200,6 +1201,7 @@ print(*changed(before[0], state()[0]))
     assert run_script(script).split() == []
 
 
+@pytest.mark.whole
 def test_importing_lejepa_needs_torch_numpy_and_safetensors_and_nothing_else():
     script = """
 import sys, numpy, safetensors, torch, torch.profiler, torch.nn.functional
@@ -1243,7 +1245,8 @@ assert z_hat.shape == (1, 256) and z_hat.isfinite().all() and 0 < float(distance
 """
     where = f"folder = {str(tmp_path)!r}\nimport lejepa\nlejepa_file = lejepa.__file__\n"
     write_tasks(tmp_path / "tasks", synthetic_tasks(0))
-    run_script(BLOCK + docstring_example() + "\n" + where + check, tmp_path, PYTHONPATH="")
+    example = docstring_example().replace("steps=20, batch_size=48", "steps=3, batch_size=24")
+    run_script(BLOCK + example + "\n" + where + check, tmp_path, PYTHONPATH="")
     assert {path.name for path in tmp_path.iterdir()} == {"lejepa.py", "arc_data.py", "tasks"}
 
 
@@ -1284,6 +1287,7 @@ def test_a_fingerprint_changes_with_any_bit_and_not_with_names_or_order():
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_20_steps_of_every_quantizer_and_objective_give_the_recorded_bits():
     command = [sys.executable, str(ROOT / "tests" / "fingerprint.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)

@@ -89,7 +89,7 @@ def slow_board():
     """Points of a curve reach their file late, so that a kill loses those that were not waited for."""
     from tensorboard.summary.writer.record_writer import RecordWriter
     write = RecordWriter.write
-    RecordWriter.write = lambda self, data: (time.sleep(0.08), write(self, data))
+    RecordWriter.write = lambda self, data: (time.sleep(0.03), write(self, data))
 
 
 @pytest.mark.whole
@@ -643,6 +643,7 @@ def kill_in_saves(fork, folder, kills, seed):
     assert {path.name for path in folder.iterdir()} <= {"last.safetensors", "previous.safetensors"}
 
 
+@pytest.mark.whole
 def test_five_kills_in_saves_leave_a_checkpoint_each(fork, tmp_path):
     kill_in_saves(fork, tmp_path, 5, seed=0)
 

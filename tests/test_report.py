@@ -560,6 +560,7 @@ def test_the_comparison_names_every_run_and_the_difference_from_the_first(tmp_pa
     assert not page.all("script") and len(page.all("img")) == 6 and NASTY in page
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_desktop_or_a_phone(path, tmp_path):
     script = """<body><script>

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from forked import (TIMES, assert_same_bits, child, fork, go, log_rows, read_log
                     refused, small_model, start, whole)
 
 import arc_data
+import eval as evaluation
 import harness.run
 import lejepa
 from harness import profiling
@@ -127,7 +129,8 @@ def test_training_tasks_are_evaluated_though_the_first_hundred_have_one_pair_eac
     good = synthetic_tasks(4, tasks=6)
     single = {f"single{i}": arc_data.Task(task.train[:1], [])
               for i, task in enumerate(synthetic_tasks(5, tasks=100).values())}
-    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0}
+    state = {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "sigregs": [], "windows": 0, "samples": 0,
+             "tasks_sha256": ""}
     cfg = lejepa.resolve_defaults(lejepa.Config(run=str(tmp_path), size="small", device="cpu"))
     log = harness.run.RunLog(cfg, None, [], single | good, good, 0, state, 0.0)
     log.close()
@@ -177,10 +180,11 @@ def test_ctrl_c_during_the_imports_prints_nothing_and_leaves_with_130(tmp_path, 
     assert (process.returncode, out, error) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_arc_data_prints_the_counts():
     text = python("arc_data.py").stdout
-    for count in (6128, 6612, 15350, 1912, 377, 623):
+    for count in (6128, 6612, 15350, 1912):
         assert re.search(rf"\b{count}\b", text.replace(",", "")), count
 
 
@@ -262,7 +266,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(go, whole, tm
 
 @pytest.mark.whole
 def test_a_command_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
-        run, task_folder, tmp_path):
+        run, task_folder, fork, tmp_path):
     folder = tmp_path / "cut"
     flags = small(task_folder, folder)
     process = subprocess.Popen(command("lejepa.py", *flags), stdout=subprocess.PIPE, text=True)
@@ -272,7 +276,10 @@ def test_a_command_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one_bi
     assert process.wait(timeout=300) == 130
     step = read_tensors(folder)[1]
     assert 10 <= step < STEPS and not (folder / "result.json").exists()
-    resumed = python("lejepa.py", *flags, "--resume").stdout
+    threads = partial(torch.set_num_threads, torch.get_num_threads())
+    process = fork(child, [*flags, "--resume"], [threads], f"{folder}.txt")
+    process.join(300)
+    resumed = Path(f"{folder}.txt").read_text()
     assert f"step 20/{STEPS}" in resumed and f"step 10/{STEPS}" not in resumed
     assert_same_bits(run[0], folder)
 
@@ -301,7 +308,7 @@ def test_load_run_gives_the_frozen_trained_model(run):
 def test_eval_of_a_run_repeats_its_figures(run, task_folder, tmp_path):
     _, held_out, _ = arc_data.split(str(task_folder), None)
     folder = write_tasks(tmp_path / "held", held_out)
-    python("eval.py", run[0], "--data", folder, "--out", tmp_path)
+    evaluation.main([str(run[0]), "--data", str(folder), "--out", str(tmp_path)])
     figures, result = json.loads((tmp_path / "eval.json").read_text()), read_result(run[0])
     for name in ("ndcg10", "ndcg10_without_out1", "within_task"):
         assert figures[name]["model"] == pytest.approx(result[name], abs=1e-6)
@@ -352,13 +359,17 @@ def test_every_code_with_every_objective_leaves_a_result_and_a_model(go, small_m
 # ------------------------------------------------------------------------------------------------- profile
 
 
+def measure_products_once():
+    profiling.matmul_rate.__defaults__ = (1,)
+
+
 @pytest.fixture(scope="session")
-def profiled(run, task_folder, tmp_path_factory):
-    """A copy of the run with a trace in it, what it held before, and what the command printed."""
+def profiled(run, go, tmp_path_factory):
+    """A copy of the run with a trace of a toy in it, what it held before, and what the command printed."""
     folder = tmp_path_factory.mktemp("profiled") / "run"
     shutil.copytree(run[0], folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
-    return folder, before, python("lejepa.py", *small(task_folder, folder, "--profile")).stdout
+    return folder, before, go(folder, "--profile", changes=[measure_products_once])
 
 
 @pytest.mark.whole
@@ -450,10 +461,14 @@ def ruled_tasks(seed, tasks=120):
             for i, rule in enumerate(rules)}
 
 
+def make_narrow():
+    lejepa.SIZES["small"] = lejepa.Size(64, 4, 2, 1, 128, 128, 64, 256, 1000, 48, 3e-3)
+
+
 @pytest.mark.whole
 def test_in_a_short_run_the_loss_falls_and_unseen_tasks_beat_the_untrained_encoder(fork, tmp_path):
     data, run = write_tasks(tmp_path / "tasks", ruled_tasks(0)), tmp_path / "run"
-    process = fork(child, small(data, run, "--batch-size", 48, steps=80), (), f"{run}.txt")
+    process = fork(child, small(data, run, "--batch-size", 48, steps=80), [make_narrow], f"{run}.txt")
     process.join(900)
     assert process.exitcode == 0, Path(f"{run}.txt").read_text()
     log, result = read_log(run), read_result(run)
