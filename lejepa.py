@@ -8,11 +8,11 @@
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg(y) measures how far the numbers behind the codes are from N(0, I); all codes are equally likely there.
-SIGReg(z) spreads the embeddings: each repels its close neighbours among those of this and the last few
-batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluation uses averaged weights.
+SIGReg(y) measures how far the numbers behind the codes are from N(0, I), where all codes are equally likely.
+SIGReg(z) is a local form of it: each target repels its close neighbours, in the batch and in a memory of
+earlier ones. No teacher, no stop-gradient on the target, no codebook. Evaluation uses averaged weights.
 
-    B windows in a batch   G grids in a batch   K demonstrations   U distinct shapes   R rows of L token slots
+    B windows (K demonstrations, given, answer)   G grids   U distinct shapes   R rows of L token slots
     W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
     V views   N samples of a view   Q embeddings in the memory   M directions   T frequencies   n items
 
@@ -20,7 +20,7 @@ batches. There is no teacher, stop-gradient, negative pair or codebook. Evaluati
     python lejepa.py --run runs/NAME --resume   continue a run with its flags, or with more --steps
     python lejepa.py --profile                  the training step under the profiler
 
-RESULT_LINES The method without the harness:
+The default run takes minutes on two CPU cores; README.md has its results. The method without the harness:
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
@@ -109,8 +109,7 @@ class Config:
 
 def resolve_defaults(cfg: Config) -> Config:
     """The Config for this machine: every None but `validate` and `run` is replaced."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if cfg.device == "auto" else cfg.device
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     size = cfg.size or ("base" if device == "cuda" else "small")
     defaults = SIZES[size]._asdict() | {"compile": device == "cuda"}
     missing = [name for name in ("steps", "batch_size", "lr", "compile") if getattr(cfg, name) is None]
@@ -119,7 +118,7 @@ def resolve_defaults(cfg: Config) -> Config:
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
-LOCAL_FREQUENCY = math.sqrt(20)                # t of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
+LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -137,11 +136,10 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
                          f"not {tuple(z.shape)} and {tuple(directions.shape)}")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
-        views = z.view(-1, *z.shape[-2:])                                      # (V, N, D)
-        x = directions.to(z.dtype).T @ views.transpose(1, 2)                   # (V, M, N)
-        t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 both are 1
+        x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)               # (V, M, N)
+        t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 the error is 0
         phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
-        weight = 2 * DT * phi
+        weight = 2 * DT * phi                                                  # 2: for -t as well
         weight[-1] /= 2                                                        # the trapezoid rule
         return EppsPulley.apply(x.flatten(0, 1), t, phi, weight).mean()
 
@@ -151,20 +149,20 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
     z        (N, D)  embeddings of length sqrt(D); gradients flow into both members of a pair
     memory   (Q, D)  earlier embeddings, without gradient; the first `filled` (0-d) rows are used
-    returns  scalar  in units of |z_i - z_j|^2 / D: 2 for a collapsed encoder, t^2 / D for a uniform sphere
+    returns  scalar  2 - a soft minimum of |z_i - z_j|^2 / D: 2 if collapsed, t^2 / D for a uniform sphere
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
     Averaged over all directions, the Epps-Pulley statistic at t is the mean of this kernel over all pairs, up
-    to what depends on lengths alone; crowded regions rule it. With the logarithm of its own mean, each sample
-    repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside, or the
-    denominator of InfoNCE for targets instead of predictions.
+    to what depends on lengths alone; crowded regions dominate it. The logarithm is taken for each sample, so
+    that each repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside
+    the mean, or the denominator of InfoNCE for targets instead of predictions.
     """
-    t2, place = LOCAL_FREQUENCY ** 2, torch.arange(len(z) + len(memory), device=z.device)
+    column = torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
-    unused = (place >= len(z) + filled) | (place == place[:len(z), None])      # empty rows, and i itself
-    kernel = (-t2 / 2 * squared).masked_fill(unused, -math.inf)
-    return 2 + 2 / t2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
+    unused = (column >= len(z) + filled) | (column == column[:len(z), None])   # empty memory, and i itself
+    kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -math.inf)
+    return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
 class EppsPulley(torch.autograd.Function):
@@ -172,7 +170,7 @@ class EppsPulley(torch.autograd.Function):
 
     As t_k = k t_1, all cosines and sines follow from one of each by angle addition, and so does the gradient,
     2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
-    multiplies complex numbers in place; the compiler, which has none, fuses `multiples`.
+    multiplies complex numbers in place; the compiler does not support them and fuses `multiples` instead.
     """
 
     @staticmethod
@@ -188,7 +186,7 @@ class EppsPulley(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, t, factors = ctx.saved_tensors
-        of_sin, of_cos = factors.unbind(2)  # (V M, T): the error of the cosine multiplies the sine
+        of_sin, of_cos = factors.unbind(2)  # (V M, T): factors of sin and cos; C - phi is that of the sine
         if torch.compiler.is_compiling():
             waves = zip(of_cos.T[..., None], of_sin.T[..., None], *multiples(x, t))
             return 2 * grad[:, None] * sum(a * cos - b * sin for a, b, cos, sin in waves), None, None, None
@@ -202,8 +200,7 @@ class EppsPulley(torch.autograd.Function):
         return dx, None, None, None
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Rows of x in a chunk: as many as fit in a CPU's cache; all of them on a GPU."""
+def chunk_rows(x: Tensor) -> int:                      # as many as fit in a CPU's cache; all of them on a GPU
     return len(x) if x.is_cuda else max(1, (1 << 18) // x.shape[1])
 
 
@@ -217,7 +214,7 @@ def wave_means(x: Tensor, t: Tensor) -> Tensor:
 
 
 def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """cos(t_k x) and sin(t_k x) of each k, for the compiler: in steps of four, because short chains fuse."""
+    """cos(t_k x) and sin(t_k x) of each k, for the compiler, by recurrence over k - 4: short chains fuse."""
     cos, sin = [torch.ones_like(x), torch.cos(t[0] * x)], [torch.zeros_like(x), torch.sin(t[0] * x)]
     for k in range(2, 5):
         cos.append(cos[k - 1] * cos[1] - sin[k - 1] * sin[1])
@@ -230,13 +227,12 @@ def multiples(x: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
     """(dim, count) unit columns, a function of seed and step alone on each kind of device."""
-    stream = (cfg.seed * 1_000_003 + step) ^ (dim << 40)                       # one stream for each dimension
-    generator = torch.Generator(cfg.device).manual_seed(stream)
+    generator = torch.Generator(cfg.device).manual_seed((cfg.seed * 1_000_003 + step) ^ (dim << 40))
     return F.normalize(torch.randn(dim, count, generator=generator, device=cfg.device), dim=0)
 
 
 class LeJEPALoss(nn.Module):
-    """The objective. Another objective is a module with the same two methods."""
+    """The objective. Another objective is a module that has compute_loss and readout too."""
 
     def __init__(self, model, cfg: Config):
         super().__init__()
@@ -255,15 +251,14 @@ class LeJEPALoss(nn.Module):
     def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
         """SIGReg(z) of the distinct targets (N, D) against the memory; of all z (G, D) without a memory."""
         if len(self.memory) == 0:
-            return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: all inputs, all outputs
+            return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: grids alternate in, out
         value = local_sigreg(targets, self.memory, self.filled)
         if self.training:
             self.memory.copy_(torch.cat([targets.detach(), self.memory])[:len(self.memory)])
             self.filled.add_(len(targets)).clamp_(max=len(self.memory))
         return value
 
-    def readout(self, z: Tensor) -> Tensor:
-        """The embedding that evaluation compares, by Euclidean distance."""
+    def readout(self, z: Tensor) -> Tensor:            # what evaluation compares, by Euclidean distance
         return z
 
 # ------------------------------------------------------------------------------------------------- 3 Model
@@ -277,15 +272,15 @@ DROPOUT = 0.1                                  # of what a transformer block add
 class GaussianQuantizer(nn.Module):
     """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
-    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; the gradient
-    passes straight through to y. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
+    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; y - y.detach()
+    is 0 and carries the gradient. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
 
     def __init__(self):
         super().__init__()
-        place = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
+        radix = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
         self.register_buffer("levels", torch.tensor(LEVELS).repeat(CODES), persistent=False)   # (m,)
-        self.register_buffer("place", torch.tensor(place), persistent=False)                   # (m / C,)
+        self.register_buffer("radix", torch.tensor(radix), persistent=False)                   # (m / C,)
 
     def forward(self, y: Tensor) -> Tensor:
         """y (U, m) -> (U, m): the median of each number's bin, with the gradient of y."""
@@ -297,7 +292,7 @@ class GaussianQuantizer(nn.Module):
 
     def indices(self, y: Tensor) -> Tensor:
         """y (U, m) -> codes (U, C), int64 in [0, 768)."""
-        return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.place).sum(-1)
+        return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.radix).sum(-1)
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         """SIGReg of y (N, m) on the published grid; the numbers of each code (C, N, m / C) are one view."""
@@ -305,7 +300,7 @@ class GaussianQuantizer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. Short rows in bf16 on a CPU: 4 times as fast as torch's fused attention."""
+    """Pre-norm attention and MLP; for short rows in bf16 on a CPU, 4 times as fast as torch's fused form."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -327,7 +322,7 @@ class Block(nn.Module):
 
 
 def embedding_head(inputs: int, size: Size) -> nn.Sequential:
-    norm = nn.BatchNorm1d(size.hidden)                 # in the hidden layer; a plain linear layer is last
+    norm = nn.BatchNorm1d(size.hidden)                 # of the hidden layer; the output is linear
     return nn.Sequential(nn.Linear(inputs, size.hidden), norm, nn.GELU(), nn.Linear(size.hidden, size.dim))
 
 
@@ -338,7 +333,7 @@ class ObjectHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
                                  nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
-        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y starts with variance 1: at 0 it has no gradient
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y has variance 1: at 0 SIGReg has no gradient
         nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
@@ -358,7 +353,7 @@ class Encoder(nn.Module):
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
-        width, self.codes_kept = size.width, CODES     # in eval mode; 1: only the first code of each object
+        width, self.codes_kept = size.width, CODES     # in eval mode, 1 kept code reads the first one alone
         self.objects, self.quantizer = ObjectHead(width), quantizer
         self.symbol, self.colour = nn.Linear(CODES * len(LEVELS), width), nn.Embedding(10, width)
         self.box = nn.Embedding(6 * (SIDE + 1), width)  # top, left, height, width, bottom, right
@@ -373,7 +368,7 @@ class Encoder(nn.Module):
         self.register_buffer("tables", torch.arange(6) * (SIDE + 1), persistent=False)
 
     def forward(self, grids: Grids, layer: str = "z") -> tuple[Tensor, Tensor]:
-        """z (G, D) of the grids, or their pooled symbols (G, 5 P); y (U, m) of their distinct shapes."""
+        """z (G, D) of the grids, or the projector's input (G, 5 P); y (U, m) of their distinct shapes."""
         with record_function("code"):
             y = self.objects(grids)
             code = self.drop_codes(self.quantizer(y))
@@ -386,15 +381,15 @@ class Encoder(nn.Module):
 
     def drop_codes(self, code: Tensor) -> Tensor:
         """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
-        kept, place = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
+        kept, number = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
         if self.training:
             draw = torch.rand(len(code), 2, device=code.device)
             fewer = 1 + ((CODES - 1) * draw[:, 1:]).long()                                     # (U, 1)
             kept = torch.where(draw[:, :1] < self.NESTED, fewer, CODES)
-        return code * (place < kept)
+        return code * (number < kept)
 
     def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
-        """(G, 5 P), a function of the symbols alone: codes (U, m) of distinct shapes, colours and boxes."""
+        """(G, 5 P) from codes (U, m), colours and boxes alone. A grid attends to itself, not to its row."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
@@ -407,7 +402,7 @@ class Encoder(nn.Module):
         return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
 
     def pool(self, x: Tensor, symbols: Tensor, grids: Grids) -> Tensor:
-        """x (R L, P) -> (G, 5 P): whole-grid token and maximum of x, mean and sum of x and of the symbols."""
+        """x (R L, P) -> (G, 5 P): whole-grid token, maximum, mean, sum / 2 sqrt(n) of tokens and symbols."""
         count, owner = len(grids.first), grids.grid.flatten()          # an empty slot has owner G
         both = torch.cat([x, symbols], 1)
         total = both.new_zeros(count + 1, both.shape[1]).index_add(0, owner, both)[:count]
@@ -435,22 +430,22 @@ class Predictor(nn.Module):
         given, count = z[:, -1:], z.shape[1] // 2
         shown = z.new_ones(len(z), count, dtype=torch.bool) if shown is None else shown
         pairs = z[:, :-1].unflatten(1, (count, 2))                                     # (B, K, 2, D)
-        queries = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))   # (B, K, W)
+        triples = self.query(torch.cat([pairs.flatten(2), given.expand(-1, count, -1)], 2))  # (B, K, W)
         tokens = (self.token(pairs) + self.role[:2]).flatten(1, 2)                     # (B, 2 K, W)
-        x = torch.cat([queries, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
-        seen = torch.cat([shown, shown.repeat_interleave(2, 1), shown.any(1, True)], 1)        # (B, 3 K + 1)
+        x = torch.cat([triples, tokens, self.token(given) + self.role[2]], 1)          # (B, 3 K + 1, W)
+        seen = torch.cat([shown, shown.repeat_interleave(2, 1), shown.new_ones(len(z), 1)], 1)
         bias = torch.where(seen, 0.0, -math.inf)[:, None, None]
         for block in self.blocks:
             x = block(x, bias)
         share = shown[..., None] / shown.sum(1)[:, None, None]                         # (B, K, 1)
         change = (share * (pairs[:, :, 1] - pairs[:, :, 0])).sum(1)                    # (B, D)
-        query = (share * self.norm(x[:, :count])).sum(1)                               # (B, W)
-        return given[:, 0] + change + self.head(query).float()
+        x = (share * self.norm(x[:, :count])).sum(1)                                   # (B, W)
+        return given[:, 0] + change + self.head(x).float()
 
 
 class LeJEPA(nn.Module):
     """Encoder and predictor: forward takes a batch, the rest lists of grids; averaged weights in eval."""
-    CHUNK = 512  # grids encoded, and demonstrations predicted from, at once
+    CHUNK = 512  # grids encoded at once; contexts of 3 CHUNK grids are predicted from at once
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -466,7 +461,7 @@ class LeJEPA(nn.Module):
         return holder.encoder, holder.predictor
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """z (G, D) of the batch's grids, z_hat (B, D) of its windows, y (U, m) of its distinct shapes."""
+        """z (G, D) of the grids, z_hat (B, D) of windows, y (U, m) of shapes; batch.index holds rows of z."""
         encoder, predictor = self.in_use
         z, y = encoder(batch.grids)
         with record_function("predictor"):
@@ -474,7 +469,7 @@ class LeJEPA(nn.Module):
 
     @torch.no_grad()
     def embed(self, grids: list, layer: str = "z") -> Tensor:
-        """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": what becomes z, (n, 5 P)."""
+        """z (n, D) of 2-D integer arrays or nested lists; layer="pooled": the projector's input, (n, 5 P)."""
         if layer not in self.encoder.widths:
             raise ValueError(f"embed gives layer z or pooled, not {layer!r}")
         x = self._encode(validate_grids(grids), layer)
@@ -500,8 +495,9 @@ class LeJEPA(nn.Module):
         """z_hat (n, D) of contexts (in1, out1, ..., ink, outk, given), each with its own k >= 1."""
         contexts = validate_contexts(contexts)
         grids, index = unique_grids([grid for context in contexts for grid in context])
-        z, lengths = self._encode(grids), [len(context) for context in contexts]
-        rows, (_, predictor) = torch.tensor(index, device=z.device).split(lengths), self.in_use
+        (_, predictor), lengths = self.in_use, [len(context) for context in contexts]
+        z = self._encode(grids)
+        rows = torch.tensor(index, device=z.device).split(lengths)
         z_hat = z.new_empty(len(contexts), z.shape[1])
         for length in set(lengths):                    # contexts of one length at a time
             where = [i for i in range(len(contexts)) if lengths[i] == length]
@@ -535,7 +531,7 @@ def build(cfg: Config) -> LeJEPA:                      # with the weights of its
 # --------------------------------------------------------------------------------------------- 4 Optimizer
 
 WARMUP = 50                                    # steps to the full learning rate, which then stays constant
-AVERAGING_FRACTION = 0.1  # averaged weights: two thirds from this last share of the steps
+AVERAGING_FRACTION = 0.1  # the last tenth of the steps has two thirds of the weight in the averaged weights
 CLIP = 10.0                                    # gradient norm above which a gradient is scaled down
 
 
@@ -557,7 +553,7 @@ def update_average(model: LeJEPA, step: int):
     share = 1 / (1 + AVERAGING_FRACTION * step)
     trained = model.state_dict()
     for name, average in model.averaged.state_dict().items():
-        if average.is_floating_point():                # a count of batches has no use in evaluation
+        if average.is_floating_point():                # all but BatchNorm's num_batches_tracked
             average.lerp_(trained[name], share)
 
 # ---------------------------------------------------------------------------------------------- 5 Training
@@ -574,7 +570,7 @@ def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dic
 
 
 def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors without a wait."""
+    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors; waits for nothing."""
     torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -583,7 +579,7 @@ def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[
     loss, terms = batch_loss(model, batch, step, cfg)
     loss.backward()
     with record_function("optimizer"):
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)  # its value before clipping
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)  # the norm before clipping
         for optimizer in optimizers:
             optimizer.step()
         update_average(model, step)
@@ -620,7 +616,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
             if not path.is_file():
                 raise ValueError("not a regular file" if path.exists() else "no such file")
             with safetensors.safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # no map of it
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the mapped file
                 metadata = dict(file.metadata() or {})
             if metadata.pop("sha256", "") != checkpoint_digest(tensors, metadata):
                 raise ValueError("damaged, or not written by this program: its SHA-256 does not match")

@@ -151,9 +151,10 @@ def expected(rows, name):
 
 
 def check_run(page, names, cells, known):
-    """A row that begins with a run, or with a pattern that stands for the seeds of one."""
-    pattern = cells[0].strip("`")
-    rows = [known[run] for run in fnmatch.filter(known, pattern)]
+    """A row that begins with a run, or with several or a pattern that stand for the seeds of one."""
+    patterns = [name.strip("` ") for name in cells[0].split(",")]
+    rows = [known[run] for pattern in patterns for run in fnmatch.filter(known, pattern)]
+    pattern = patterns[0]
     assert rows, (page, pattern, "is no run of history.jsonl")
     values = dict(zip(names, cells))
     if "step" in values:
