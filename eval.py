@@ -523,10 +523,7 @@ def contexts(windows: Windows, rows: np.ndarray | None = None, pair_from: np.nda
     return [tuple(windows.grids[i] for i in context) for context in index]
 
 def shuffle_context(windows: Windows, seed: int = 0) -> np.ndarray:
-    """(W,) for each window a window of another task, whose (in1, out1) takes the place of its own.
-
-    Tasks stand in one seeded ring and each takes from the next. Raises ValueError for a single task.
-    """
+    """(W,) for each window one of another task that lends its (in1, out1): the next task of a seeded ring."""
     rng = np.random.default_rng(seed)
     _, task, counts = np.unique(windows.task, return_inverse=True, return_counts=True)
     arc_data.need(len(counts) > 1, "a shuffled context needs windows of two tasks or more")

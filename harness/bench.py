@@ -234,7 +234,7 @@ def describe(case: Step, seconds: float, product: dict[str, float]):
 def check(case: Step, tasks: dict):
     """Lines that say what is wrong on a GPU: a wait between two logs of a run, results unlike the CPU's."""
     no = torch.zeros(1, device=case.cfg.device)
-    log = types.SimpleNamespace(first_bad=no, sigregs=[], grad_sum=no, grad_max=no, windows=0, samples=0)
+    log = types.SimpleNamespace(first_bad=no, grad_sum=no, grad_max=no, windows=0)
     cfg = dataclasses.replace(case.cfg, steps=run.LOG_EVERY - 1)
     torch.cuda.set_sync_debug_mode("error")
     try:

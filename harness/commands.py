@@ -134,14 +134,12 @@ def evaluate_run(args):
              "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
              "steps": result.get("steps"), "minutes": seconds and round(seconds / 60, 1),
              "device": result.get("device"), "commit": config.get("commit")}
-    met = report.criteria(log, result, cfg.lam, done)
-    record = {name: {"met": ok, "figure": text} for name, ok, text in met}
+    criteria = report.criteria(log, result, cfg.lam, done)
+    record = {name: {"met": met, "figure": text} for name, met, text in criteria}
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
     write_file(out / "health.json", to_json({"data": done.data} | done.health | {"criteria": record}))
     page = report.write_report(out, done, facts, log, result, decoded)
-    words = {None: "unknown", True: "met", False: "not met"}
-    lines = [f"{words[ok]:8} {name}: {text}" for name, ok, text in met]
-    print("\n".join([*done.data["notes"], "", table(report.summary(done)), "", *lines]))
+    print("\n".join([*done.data["notes"], "", table(report.summary(done)), ""]))
     print(f"written: {out / 'eval.json'}, {out / 'health.json'}, {page}")
 
 def describe_data(done: evaluation.Evaluation, source: str, tasks: dict, shared: int | None) -> dict:
@@ -157,9 +155,6 @@ def describe_data(done: evaluation.Evaluation, source: str, tasks: dict, shared:
              f"{shared} of the {len(tasks)} tasks share a pair with the training tasks: not unseen": shared}
     notes = [line for line, count in lines.items() if count]
     return {"source": source} | done.data | {"shared_with_training": shared, "notes": notes}
-
-def with_interval(value: float, ends) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *ends)
 # -------------------------------------------------------------------------------- eval.py codes
 def write_codes(args):
     """A JSON line a grid, in the format that README.md describes: its objects, the whole grid first."""
@@ -227,7 +222,7 @@ def ranking_table(tasks: dict, asked: list, untrained) -> str:
         found = [rank_answer(row, truth, tie) for row, truth in zip(scores, right)]
         columns = [np.array([values[key] for values in found]) for key in RANKED.values()]
         intervals = [evaluation.bootstrap_ci(x, owner) for x in columns]
-        cells.append([name, *(with_interval(x.mean(), ends) for x, ends in zip(columns, intervals))])
+        cells.append([name, *(report.with_interval(x.mean(), ends) for x, ends in zip(columns, intervals))])
     there = sum(truth.any() for truth in right)
     return f"{table(cells)}\n{len(asked)} known answers, {there} of them among the candidates"
 
@@ -283,12 +278,8 @@ def compare_runs(args):
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "compare.json", to_json(result))
     page = report.compare_page(out, result, logs)
-    cells = [["", *names]]
-    for metric, entry in result["runs"][names[0]].items():
-        others = [entries[metric] for entries in list(result["runs"].values())[1:]]
-        cells.append([metric, with_interval(entry["value"], entry["interval"]), *map(compared, others)])
-    print(table(cells))
-    print(f"in brackets: 95 % intervals over tasks; of the others, of the paired difference from {names[0]}")
+    print(table(report.compare_runs(result["runs"])))
+    print(f"in brackets: 95 % intervals over tasks; second figures: the paired difference from {names[0]}")
     print(f"written: {out / 'compare.json'}, {page}")
 
 def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -299,9 +290,6 @@ def code_agreement(a: np.ndarray, b: np.ndarray) -> float:
     """
     shared = np.array([[adjusted_mutual_info_score(x, y) for y in b.T] for x in a.T])
     return float(shared[linear_sum_assignment(-shared)].mean())
-
-def compared(entry: dict) -> str:
-    return "{:.3f} {:+.3f} [{:+.3f}, {:+.3f}]".format(entry["value"], *entry["difference"])
 # -------------------------------------------------------------------------------- arguments
 def make_parser() -> Parser:
     parser = Parser(prog="eval.py", description="Evaluates a run; the default COMMAND is evaluate.")

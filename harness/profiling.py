@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 from arc_data import Batch, TaskSet
-from harness import report
+from harness import charts
 from harness.checkpoint import write_file
 from lejepa import Config, batch_loss, train_step
 
@@ -61,7 +61,7 @@ def profile(model, optimizers, data: TaskSet, cfg: Config):
     write_file(path, json.dumps(trace).encode())
     times = part_times(profiler.events(), cfg.device)
     times = {name: value / TRACED / 1000 for name, value in times.items()}     # ms a step
-    report.plot_parts(path.parent / "parts.png", times)
+    charts.plot_parts(path.parent / "parts.png", times)
     order = "self_cpu_time_total" if cfg.device == "cpu" else "self_device_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
     for name, value in times.items():

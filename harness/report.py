@@ -20,7 +20,6 @@ import eval as evaluation
 from harness import charts, health
 from harness.charts import METRIC, PALETTE, best_baseline, number, plot_bars, plot_ranked, plot_training
 from harness.charts import points, short, styled
-from harness.charts import neighbours_image, plot_parts, write_result_picture  # offered to other files
 from harness.checkpoint import write_file
 from harness.decoder import METRICS
 from lejepa import CODE_SIZE
@@ -218,10 +217,25 @@ def summary(done) -> list[list]:
         best = best_baseline(entry)
         if entry["model"] is not None:
             lead = done.health["lead"].get(best, {}).get(name)
-            gap = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*lead) if lead else None
-            model = "{:.3f} [{:.3f}, {:.3f}]".format(entry["model"], *entry["interval"])
+            model, gap = with_interval(entry["model"], entry["interval"]), with_sign(lead) if lead else None
             cells.append([name, model, best, entry["baselines"].get(best), gap, entry["n"]])
     return cells
+
+def compare_runs(runs: dict) -> list[list]:
+    """Cells of a table of runs: the values of every metric, and the differences from the first run."""
+    first, *others = runs.values()
+    cells = [["metric", *runs]]
+    for name in [name for name in first if name != "codes"]:
+        values = [with_interval(run[name]["value"], run[name]["interval"]) for run in runs.values()]
+        gaps = ["", *(", " + with_sign(run[name]["difference"]) for run in others)]
+        cells.append([name, *map("".join, zip(values, gaps))])
+    return cells
+
+def with_interval(value: float, ends) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *ends)
+
+def with_sign(difference) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
 
 def every_row(metrics: dict, names: tuple) -> list[list]:
     """Cells of a table of all rows, the model first."""
@@ -309,4 +323,4 @@ def compare_page(folder: Path, result: dict, logs: dict[str, list[dict]]) -> Pat
     logs    {name: rows of log.jsonl}
     """
     return write_page(Path(folder) / "compare.html", title=f"Runs on {result['data']}", runs=result["runs"],
-                      training=plot_training(logs))
+                      summary=compare_runs(result["runs"]), training=plot_training(logs))

@@ -29,8 +29,7 @@ import arc_data
 import eval as evaluation
 import lejepa
 from arc_data import TaskSet, TokenTable, make_windows, need
-from harness import checkpoint, profiling, report
-from harness.charts import best_baseline
+from harness import charts, checkpoint, profiling, report
 from harness.checkpoint import write_file
 from harness.health import add_health, code_statistics, effective_rank
 from lejepa import Config
@@ -38,7 +37,7 @@ from lejepa import Config
 LOG_EVERY = 10                                 # steps between two log lines
 SAMPLED = ("ndcg10", "ndcg10_without_out1", "r1", "within_task")               # evaluated during training
 TRAINING_TASKS = 100  # training tasks in each evaluation, beside the unseen ones
-LIMITS = {"steps": (1, None), "batch_size": (2, None), "lr": (0, 100), "weight_decay": (0, 100),
+LIMITS = {"steps": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, 100), "weight_decay": (0, 100),
           "demonstrations": (1, 16), "lam": (0, 1), "memory": (0, 2**20), "seed": (0, 2**31 - 1)}
 # --------------------------------------------------------------------------------------------------- flags
 class Parser(argparse.ArgumentParser):
@@ -49,10 +48,9 @@ def make_parser() -> Parser:
     """A flag for each field of Config, with its type, choices and help text."""
     about = "Train LeJEPA with discrete codes on ARC tasks and evaluate it on unseen tasks."
     parser = Parser(prog="lejepa.py", description=about, allow_abbrev=False)
-    defaults = Config()
     for name, hint in typing.get_type_hints(Config, include_extras=True).items():
         hint, text = typing.get_args(hint)
-        default = getattr(defaults, name)
+        default = getattr(Config, name)
         kinds = [part for part in (hint, *typing.get_args(hint)) if part is not types.NoneType]
         literal = [part for part in kinds if typing.get_origin(part) is typing.Literal]
         choices = typing.get_args(literal[0]) if literal else None
@@ -73,9 +71,8 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
     for name, (low, high) in LIMITS.items():
         value = getattr(cfg, name)
-        high_enough = math.inf if high is None else high
-        if value is not None and not (low <= value <= high_enough and value < math.inf):  # refuses nan too
-            needed = f"at least {low}" if high is None else f"{low} to {high}"
+        if value is not None and not (low <= value <= high and value < math.inf):  # refuses nan too
+            needed = f"at least {low}" if high == math.inf else f"{low} to {high}"
             parser.error(f"--{name.replace('_', '-')} {value}: needs {needed}")
     if cfg.resume and cfg.run is None:
         parser.error("--resume needs --run FOLDER, the run to continue")
@@ -275,7 +272,7 @@ class RunLog:
         figures |= code_statistics(codes.numpy(), lejepa.CODE_SIZE, ids.numpy())
         for position, column in enumerate(codes.T):
             self.board.add_histogram(f"codes/{position}", column, step, bins=64)
-        image = report.neighbours_image(model, self.unseen, pool)
+        image = charts.neighbours_image(model, self.unseen, pool)
         self.board.add_image("unseen windows", image, step, dataformats="HWC")
         model.train()
         self.evaluating += time.monotonic() - begin
@@ -322,7 +319,7 @@ class RunLog:
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                    "device": describe_device(self.cfg.device)}
         write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        report.write_result_picture(self.folder, result, rows)
+        charts.write_result_picture(self.folder, result, rows)
         for name, value in result.items():
             if not isinstance(value, dict):
                 print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
@@ -362,7 +359,7 @@ def result_figures(done: evaluation.Evaluation) -> dict:
         result[f"effective_rank_{role}"] = health[role]["effective_rank"]
     result |= {name: health["target"][name] for name in ("sigreg_over_null", "sigreg_n")}
     for name in ("ndcg10_without_out1", "within_task"):
-        result[f"baseline_{name}"] = entries[name]["baselines"].get(best_baseline(entries[name]))
+        result[f"baseline_{name}"] = entries[name]["baselines"].get(charts.best_baseline(entries[name]))
     result["baselines"] = {row: {name: entry["baselines"][row] for name, entry in entries.items()
                                  if row in entry["baselines"]} for row in entries["ndcg10"]["baselines"]}
     result["intervals"] = {name: entry["interval"] for name, entry in entries.items()}

@@ -22,7 +22,7 @@ import arc_data
 import harness.run
 import lejepa
 from arc_data import TaskSet
-from harness import checkpoint, report
+from harness import charts, checkpoint
 
 TOY = lejepa.Size(16, 2, 1, 1, 32, 32, 16, 32, 1000, 24, 6e-3)
 STEPS, EVAL = 12, 5                            # of a run; an evaluation and a checkpoint every 5 steps
@@ -113,7 +113,7 @@ def make_small(evaluates=False):
     lejepa.SIZES["small"] = TOY
     harness.run.eval_interval = lambda cfg: EVAL
     harness.run.LOG_EVERY = 2
-    report.write_result_picture = lambda *args: None   # a picture takes longer than all the rest
+    charts.write_result_picture = lambda *args: None   # a picture takes longer than all the rest
 
 
 def at(step, action):

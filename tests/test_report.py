@@ -467,7 +467,7 @@ def test_neighbours_image_has_a_line_a_window_with_the_nearest_outputs_last(done
 
     windows, pool = done.windows, done.z[done.windows.outputs]
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows.index))[:6])
-    image = report.neighbours_image(Model(), windows, pool)
+    image = charts.neighbours_image(Model(), windows, pool)
     assert image.shape == (6 * 96, 7 * 96, 3) and image.dtype == np.uint8
     nearest = windows.grids[windows.outputs[int((pool - done.z_hat[chosen[2]]).norm(dim=1).argmin())]]
     cell = 90 // max(nearest.shape)
