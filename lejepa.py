@@ -393,7 +393,7 @@ class Encoder(nn.Module):
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
-        x.view(-1, x.shape[-1])[grids.first] += self.whole
+        x.view(-1, x.shape[-1]).index_add_(0, grids.first, self.whole.expand(len(grids.first), -1))
         symbols = self.widen_symbols(x)                                                        # (R, L, P / 2)
         same_grid = grids.grid[:, None, :, None] == grids.grid[:, None, None, :]               # (R, 1, L, L)
         bias = torch.where(same_grid, 0.0, -math.inf)
