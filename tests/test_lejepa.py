@@ -26,6 +26,7 @@ import arc_data
 import fingerprint
 import lejepa
 from harness.checkpoint import load_optimizer, state_of
+from harness.health import SIGREG_NULL
 from lejepa import CODE_SIZE, CODES, LEVELS, load_run, local_sigreg, sigreg
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_sigreg_of_gaussian_samples_averages_1_05_whatever_the_batch_size(sample
     t = np.linspace(0, 3, 17)
     weights = np.r_[3 / 16, np.full(15, 3 / 8), 3 / 16] * np.exp(-t**2 / 2)
     null = float(weights @ (1 - np.exp(-t**2)))                    # N |psi - phi|^2 averages 1 - phi^2
-    assert null == pytest.approx(1.05246, abs=1e-5) == lejepa.SIGREG_NULL
+    assert null == pytest.approx(1.05246, abs=1e-5) == SIGREG_NULL
     views = max(200, 6000 // dim) // 4                             # 6000 or more independent numbers in all
     pairs = [(normal(views, samples, dim, seed=seed), unit(dim, 4 * dim, seed=seed)) for seed in range(4)]
     assert np.mean([float(sigreg(*pair)) for pair in pairs]) == pytest.approx(null, abs=0.06)
@@ -146,8 +147,9 @@ def test_sigreg_and_its_gradient_are_those_of_the_plain_formula(monkeypatch, clo
 
 
 def test_a_batch_larger_than_a_cache_is_computed_in_chunks_to_the_same_value_and_gradient():
-    z, directions = normal(1, 2048, 4, dtype=torch.float64) + 0.3, unit(4, 300, dtype=torch.float64)
-    compare_with_plain(z, directions, 1e-11)           # 614,400 numbers
+    z, directions = normal(1, 2048, 4, dtype=torch.float64) + 0.3, unit(4, 140, dtype=torch.float64)
+    assert lejepa.chunk_rows(z.expand(140, 2048, 4)[..., 0]) < 140
+    compare_with_plain(z, directions, 1e-11)
 
 
 @pytest.mark.parametrize("views, samples, count", [(1, 2, 1), (2, 5, 3)])
@@ -236,7 +238,7 @@ def test_local_sigreg_and_its_gradient_are_those_of_a_double_loop_over_batch_and
 
 
 @pytest.mark.parametrize("filled", [0, 7])
-def test_local_sigreg_of_a_collapsed_encoder_is_2_whatever_the_memory_and_its_gradient_keeps_the_length(filled):
+def test_local_sigreg_of_a_collapsed_encoder_is_2_and_its_gradient_moves_no_embedding_aside(filled):
     z = sphere(1, 16).expand(9, 16).clone().requires_grad_()
     value = local_sigreg(z, z[:7].detach(), torch.tensor(filled))
     value.backward()
@@ -285,7 +287,7 @@ def test_codes_of_gaussian_numbers_are_as_uniform_as_uniform_draws(quantizer):
         assert len(np.unique(column)) == CODE_SIZE
 
 
-def test_a_number_is_read_back_as_the_mean_of_its_bin_and_all_bins_are_equally_likely(quantizer):
+def test_a_number_is_read_back_as_the_median_of_its_bin_and_all_bins_are_equally_likely(quantizer):
     x = np.linspace(-9, 9, 180_001)
     density = np.exp(-x**2 / 2)
     y = torch.from_numpy(x).float()[:, None].expand(-1, NUMBERS)
@@ -296,8 +298,8 @@ def test_a_number_is_read_back_as_the_mean_of_its_bin_and_all_bins_are_equally_l
         assert len(values) == EACH_LEVEL[column]
         for value in values:
             inside = level == value
-            mass = density[inside].sum()
-            assert (density[inside] @ x[inside]) / mass == pytest.approx(value, abs=2e-4)
+            mass, below = density[inside].sum(), density[inside & (x < value)].sum()
+            assert below / mass == pytest.approx(0.5, abs=2e-4)
             assert mass / density.sum() == pytest.approx(1 / len(values), abs=2e-4)
 
 
@@ -364,8 +366,8 @@ def grids(arc):
 
 
 def close(a, b):
-    scale = b.abs().mean()
-    assert a.shape == b.shape and float((a - b).abs().max()) < 2e-4 * float(scale)
+    a, b = a.detach(), b.detach()
+    assert a.shape == b.shape and float((a - b).abs().max()) < 2e-4 * float(b.abs().mean())
 
 
 def pack_grids(grids):
@@ -808,8 +810,8 @@ def narrow(monkeypatch):
     batch = arc_data.TaskSet(synthetic_tasks(21)).batch(30, 0, 0)
     rows, slots = batch.grids.grid.shape
     sizes = {"G": len(batch.grids.first), "U": len(batch.grids.bits), "B": len(batch.index), "R": rows,
-             "L": slots, "W": size.width, "D": size.dim, "P": size.pooled, "heads": size.heads,
-             "K": cfg.demonstrations, "m": NUMBERS, "C": CODES, "T": lejepa.KNOTS - 1, "BYTES": arc_data.BYTES}
+             "L": slots, "K": cfg.demonstrations, "W": size.width, "D": size.dim, "P": size.pooled,
+             "heads": size.heads, "m": NUMBERS, "C": CODES, "T": lejepa.KNOTS - 1, "BYTES": arc_data.BYTES}
     assert len({sizes[letter] for letter in "GURLWDBPK"}) == 9     # else a wrong letter could pass
     return model, cfg, batch, sizes
 
@@ -839,8 +841,8 @@ def test_shape_comments_of_the_loss_and_of_both_sigregs_hold(narrow):
     inside = [sigreg, local_sigreg, lejepa.EppsPulley.forward]
     alone = Shapes(inside, {"V": 2, "N": 11, "M": 13, "D": 6, "T": lejepa.KNOTS - 1, "Q": 9})
     with alone:
-        value, crowded = sigreg(normal(2, 11, 6), unit(6, 13)), local_sigreg(normal(11, 6), normal(9, 6),
-                                                                             torch.tensor(4))
+        value = sigreg(normal(2, 11, 6), unit(6, 13))
+        crowded = local_sigreg(normal(11, 6), normal(9, 6), torch.tensor(4))
     assert loss.shape == value.shape == crowded.shape == ()
     assert {"LeJEPALoss.compute_loss"} <= set(losses.checked)
     assert {"sigreg", "local_sigreg", "EppsPulley.forward"} <= set(alone.checked)
@@ -871,8 +873,10 @@ def test_the_loss_is_1_minus_lam_prediction_plus_lam_times_both_sigregs_and_noth
         z, z_hat, y = model(batch)
     target, distinct = z[batch.index[:, -1]], z[batch.index[:, -1].unique()]
     prediction = np.mean((z_hat.double().numpy() - target.double().numpy()) ** 2)
-    of_z = crowding(distinct.double().numpy(), sphere(17, 256).double().numpy()) if memory else \
-        np.mean([quadrature(z[side::2], drawn[z.shape[1]]) for side in (0, 1)])    # inputs, outputs
+    if memory:
+        of_z = crowding(distinct.double().numpy(), sphere(17, 256).double().numpy())
+    else:
+        of_z = np.mean([quadrature(z[side::2], drawn[z.shape[1]]) for side in (0, 1)])
     sample, five = y[batch.object_sample], len(LEVELS)
     of_y = np.mean([quadrature(sample[:, i * five:(i + 1) * five], drawn[five]) for i in range(CODES)])
     assert set(terms) == {"prediction", "sigreg_z", "sigreg_y"}
@@ -975,7 +979,7 @@ def trainable(**flags):
     return model, lejepa.make_optimizers(model, cfg), cfg
 
 
-def test_a_step_depends_on_seed_and_step_alone_not_on_what_was_drawn_before():
+def test_a_step_depends_on_seed_and_step_alone_not_on_what_was_drawn_before(narrow):
     batch, found = arc_data.TaskSet(synthetic_tasks(24)).batch(24, 0, 3), []
     for drawn in (0, 7):
         model, optimizers, cfg = trainable()
@@ -1017,8 +1021,8 @@ def test_training_resumed_from_its_saved_tensors_equals_uninterrupted_training_b
     torch.rand(7)
     lejepa.train(*second[:2], data, second[2], start=3)
     found, expected = state(second), state(whole)
-    assert found.keys() == expected.keys() and not [name for name in found
-                                                    if not torch.equal(found[name], expected[name])]
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
     held = "model.objective.queue" if "objective" in flags else "model.objective.memory"
     assert torch.equal(saved[held], expected[held]) == (flags.get("memory") == 0)
 
@@ -1042,7 +1046,7 @@ def averaging_shares(steps):
 
 
 @pytest.mark.parametrize("code", ["gaussian", "ema"])
-def test_averaged_weights_take_two_thirds_from_the_last_tenth_of_the_steps(code):
+def test_averaged_weights_take_two_thirds_from_the_last_tenth_of_the_steps(narrow, code):
     model, _ = make(code=code)
     names = ["predictor.head.0.weight", "encoder.projector.1.running_mean"]
     names += ["encoder.quantizer.vectors"] * (code == "ema")
@@ -1051,14 +1055,12 @@ def test_averaged_weights_take_two_thirds_from_the_last_tenth_of_the_steps(code)
         for i, name in enumerate(names):
             state[name].copy_(normal(*state[name].shape, seed=3 * step + i))
             seen[name].append(state[name].double())
-        state["encoder.projector.1.num_batches_tracked"].fill_(step)
         lejepa.update_average(model, step)
     share = averaging_shares(200)
     assert share.sum() == pytest.approx(1) and share[-20:].sum() == pytest.approx(2 / 3, abs=0.05)
     for name in names:
         expected = sum(value * w for value, w in zip(seen[name], share))
         assert torch.allclose(state["averaged." + name].double(), expected, atol=1e-5), name
-    assert int(state["averaged.encoder.projector.1.num_batches_tracked"]) == 199
 
 
 @pytest.mark.parametrize("code", ["gaussian", "ema"])
