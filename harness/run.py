@@ -455,7 +455,7 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     recipe = "legacy" if cfg.legacy or cfg.faithful else "method"
     make_data, make_optimizers, stopping = lejepa.RECIPES[recipe](cfg)
     if distributed.ranks() > 1:
-        need(not uses_legacy(cfg), "what stands in legacy.py trains in one process; start it without torchrun")
+        need(not uses_legacy(cfg), "what stands in legacy.py trains in one process, without torchrun")
         make_data = distributed.RankTasks
     data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)

@@ -101,7 +101,7 @@ def test_the_relational_term_compares_the_largest_objects_slot_by_slot_or_with_t
                 p, q = (tokens[int(batch.grids.first[g]) + 1:][:count] for g in (a, b))
                 total += float((torch.cdist(p, p).square() - torch.cdist(q, q).square()).square().sum())
                 pairs += count ** 2
-            assert float(found["slot"]) == pytest.approx(total / pairs, rel=1e-3)
+            assert found["slot"].item() == pytest.approx(total / pairs, rel=1e-3)
         same = objective.between(batch.grids, batch.index[:, [-1, -1]])
         assert float(same) == pytest.approx(0, abs=1e-6)
     assert found["set"] != found["slot"]
