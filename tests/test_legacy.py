@@ -108,7 +108,7 @@ def test_the_relational_term_compares_the_largest_objects_slot_by_slot_or_with_t
 
 
 def test_gradnorm_moves_a_share_against_the_sign_of_its_excess_and_keeps_their_sum():
-    shares, ratios, norms = [1.0, 1.5, 0.5], [0.2, 0.9, 0.7], [3.0, 1.0, 2.0]
+    shares, ratios, norms = [0.35 / 3, 1.65, 0.5], [0.2, 0.9, 0.7], [3.0, 1.0, 2.0]  # alpha 1 differs
     weighted = [s * n for s, n in zip(shares, norms)]
     pull = [(r / np.mean(ratios)) ** 1.5 for r in ratios]
     new = [s - 0.025 * n / np.mean(norms) * np.sign(w - np.mean(weighted) * p)
