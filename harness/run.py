@@ -109,9 +109,10 @@ def commit() -> str:
 
 
 def describe_device(device: str) -> str:
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name()
+    return name if distributed.ranks() == 1 else f"{distributed.ranks()} processes, each on: {name}"
 
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
@@ -360,17 +361,19 @@ class RunLog:
 
 
 class FollowerLog(RunLog):
-    """Of a rank other than the first: it ends with the others and writes nothing."""
+    """The log of a rank other than the first, which ends with the others and writes nothing."""
 
     def __init__(self, cfg: Config, start: int):
         self.cfg, self.saved = cfg, start
         self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.first_bad = torch.zeros(1, device=cfg.device)
-        self.grad_sum = self.grad_max = torch.zeros((), device=cfg.device)
-        self.windows = 0
+
+    def count(self, step: int, metrics: dict, batch):
+        values = torch.stack(list(metrics.values()))
+        self.first_bad = torch.maximum(self.first_bad, (~values.isfinite().all()).float())
 
     def read(self, metrics: dict) -> dict:
-        if self.first_bad[0]:
+        if self.first_bad:
             raise SystemExit(1)                        # the first rank says why
         return {}
 
