@@ -189,6 +189,7 @@ class EppsPulley(torch.autograd.Function):
     multiplies complex numbers in place; the compiler, which has none, fuses `multiples`. Both are 4 times as
     fast as the plain formula and take O(N M) memory instead of O(T N M).
     """
+
     @staticmethod
     def forward(ctx, x, t, phi, weight):
         if torch.compiler.is_compiling():

@@ -442,6 +442,7 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
         try:
             steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
             log.trained = True
+            log.signal = log.signal or log.received
             if not log.signal and not log.alerted and not distributed.rank():
                 result = log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
                 print(log.summary(result), flush=True)
@@ -449,9 +450,10 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
             log.close()
     except KeyboardInterrupt:
         way_out += ", which evaluates again"
+        log.signal = log.received
     except OSError as error:                           # no room, or no permission
-        print(f"lejepa.py: {error}; the last good checkpoint is step {log.saved}; once that is mended, "
-              f"continue with {way_out}", file=sys.stderr)
+        distributed.report(f"{error}; the last good checkpoint is step {log.saved}; once that is mended, "
+                           f"continue with {way_out}")
         return 1
     except RuntimeError as error:
         if not distributed.is_lost_rank(error):
@@ -518,7 +520,7 @@ def main():
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        print(f"lejepa.py: out of memory ({reason}); use a smaller --batch-size or --size", file=sys.stderr)
+        distributed.report(f"out of memory ({reason}); use a smaller --batch-size or --size")
         sys.exit(1)
     except KeyboardInterrupt:                          # before the first step
         sys.exit(130)
