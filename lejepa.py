@@ -176,6 +176,7 @@ class EppsPulley(torch.autograd.Function):
     2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
     multiplies complex numbers in place; the compiler does not support them and fuses `multiples` instead.
     """
+
     @staticmethod
     def forward(ctx, x, t, phi, weight):
         if torch.compiler.is_compiling():
