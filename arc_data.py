@@ -429,6 +429,13 @@ class TaskSet:
 
     def batch(self, size: int, seed: int, step: int) -> Batch:
         """`size` windows, fewer where a task has fewer than `pairs` pairs; see the class."""
+        *_, index, shown, sample, arrays = self.draw(size, seed, step)
+        arrays = upload([index, shown, np.unique(index[:, -1]), sample, *arrays], self.table.device)
+        index, shown, targets, sample, *arrays = arrays
+        return Batch(self.table.fill(*arrays), index, shown.bool(), targets, sample)
+
+    def draw(self, size: int, seed: int, step: int) -> tuple:
+        """A batch on the host: arguments of `arrange`, index, shown, object_sample, result of `arrange`."""
         random = np.random.default_rng([seed, step])
         count = -(-size // (self.pairs * (self.pairs - 1)))                    # tasks, rounded up
         tasks = random.choice(len(self.sizes), count)
@@ -455,11 +462,8 @@ class TaskSet:
             backwards = (random.random(count) < 0.5)[index[:, 0] // each]      # (out1, in1, out2) -> in2
             index[backwards] ^= 1                       # places 2j and 2j + 1: a pair's input and output swap
         arrays = self.table.arrange(grids, symmetry, colours)
-        targets = np.unique(index[:, -1])
-        object_sample = random.permutation(len(arrays[3]))[:len(grids)]
-        arrays = upload([index, shown, targets, object_sample, *arrays], self.table.device)
-        index, shown, targets, object_sample, *arrays = arrays
-        return Batch(self.table.fill(*arrays), index, shown.bool(), targets, object_sample)
+        sample = random.permutation(len(arrays[3]))[:len(grids)]               # of the distinct shapes
+        return grids, symmetry, colours, index, shown, sample, arrays
 # --------------------------------------------------------------------------------------------- the command
 def main():
     for source in sys.argv[1:] or SOURCES:

@@ -165,6 +165,10 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
     return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
 
 
+def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:  # replaced by harness/distributed.py
+    return means, count
+
+
 class EppsPulley(torch.autograd.Function):
     """N * sum_k w_k [(mean cos t_k x - phi_k)^2 + (mean sin t_k x)^2] of samples x (V M, N) -> (V M,).
 
@@ -179,9 +183,10 @@ class EppsPulley(torch.autograd.Function):
             means = torch.stack([torch.stack([f.mean(1) for f in fs], 1) for fs in multiples(x, t)], 2)
         else:
             means = torch.cat([wave_means(rows, t) for rows in x.split(chunk_rows(x))])
+        means, count = pool_means(means, x.shape[1])
         error = means - torch.stack([phi, torch.zeros_like(phi)], 1)           # (V M, T, 2): C - phi and S
         ctx.save_for_backward(x, t, (weight * t)[:, None] * error)
-        return x.shape[1] * (weight[:, None] * error.square()).sum((1, 2))
+        return count * (weight[:, None] * error.square()).sum((1, 2))
 
     @staticmethod
     def backward(ctx, grad):
@@ -233,7 +238,6 @@ def draw_directions(dim: int, count: int, cfg: Config, step: int) -> Tensor:
 
 class LeJEPALoss(nn.Module):
     """The objective. Another objective is a module that has compute_loss and readout too."""
-
     def __init__(self, model, cfg: Config):
         super().__init__()
         self.register_buffer("memory", torch.zeros(cfg.memory, SIZES[cfg.size].dim))
@@ -275,7 +279,6 @@ class GaussianQuantizer(nn.Module):
     A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; y - y.detach()
     is 0 and carries the gradient. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
-
     def __init__(self):
         super().__init__()
         radix = [math.prod(LEVELS[i + 1:]) for i in range(len(LEVELS))]
@@ -301,7 +304,6 @@ class GaussianQuantizer(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm attention and MLP; for short rows in bf16 on a CPU, 4 times as fast as torch's fused form."""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -328,7 +330,6 @@ def embedding_head(inputs: int, size: Size) -> nn.Sequential:
 
 class ObjectHead(nn.Module):
     """Maps the bitmap of an object to y. It sees no colour, position or other object."""
-
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
@@ -414,7 +415,6 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """z_hat: the analogy z(given) + mean over demonstrations of z(out) - z(in), plus a learned correction."""
-
     def __init__(self, size: Size):
         super().__init__()
         self.role = nn.Parameter(torch.randn(3, size.width) * 0.1)
@@ -654,7 +654,6 @@ def load_run(path) -> tuple[LeJEPA, Config]:
 
 class NoQuantizer(nn.Module):
     """No bottleneck: y is passed on unchanged and is not regularised."""
-
     def forward(self, y: Tensor) -> Tensor:
         return y
 

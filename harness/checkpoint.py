@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arc_data import need
+from harness import distributed
 from lejepa import Config, checkpoint_digest, read_checkpoint
 
 FREE_TO_CHANGE = ("run", "resume", "steps", "stop_on_alert")       # flags that a resumed run may give anew
@@ -148,9 +149,13 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
         need(hashlib.sha256(log).hexdigest() == found["state"]["log_sha256"],
              f"{folder / 'log.jsonl'} is not the log of step {found['step']}; put it back, or train in "
              "another --run folder")
+        if (folder / "config.json").exists():
+            read_json(folder / "config.json")          # the run will rewrite it
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: of another version of lejepa.py: {message}") from None
+    if distributed.rank():
+        return found["step"], found["state"]           # the first rank has done the rest
     say_changes(cfg, found, commit)
     write_file(folder / "log.jsonl", log)
     if path.name != "last.safetensors":
@@ -180,6 +185,10 @@ def say_changes(cfg: Config, found: dict, commit: str):
     if threads != now:
         lines.append(f"the checkpoint was written with {threads} threads, this run has {now}: from here on "
                      "it no longer equals an uninterrupted run bit for bit")
+    ranks = found["state"].get("ranks", 1)
+    if ranks != distributed.ranks():
+        lines.append(f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: "
+                     "from here on it equals an uninterrupted run up to rounding and dropout")
     if written != (commit or "unknown"):
         lines.append(f"the checkpoint was written by commit {written}, this is {commit or 'unknown'}: "
                      "where they differ, the run no longer equals an uninterrupted one")

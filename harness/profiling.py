@@ -18,21 +18,20 @@ from lejepa import Config, batch_loss, train_step
 PARTS = ("data", "code", "encoder", "predictor", "sigreg", "optimizer")        # ranges named in the trace
 WARM, TRACED = 3, 3                                    # steps before the trace, and in it
 # ------------------------------------------------------------------------------------------------- compile
-def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
+def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
     """Runs torch.compile on the parts of a step, with dynamic sizes. False, with a line, where that fails.
 
     The parts are compiled one by one, so that a profile still tells them apart. One loss and its gradient are
     computed here, so that a missing compiler or a broken cache shows now; the weights stay as they are.
     """
     print("compiling the model: this takes minutes the first time; Ctrl-C ends it", flush=True)
+    model = getattr(trained, "module", trained)        # of several processes
     parts = ((model.encoder.objects, "forward"), (model.encoder, "encode_symbols"),
              (model.predictor, "forward"), (model.objective, "compute_loss"))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         for owner, name in parts:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
-        model.train()
-        batch_loss(model, data.batch(cfg.batch_size, cfg.seed, 0), 0, cfg)[0].backward()
+        try_loss(trained, data, cfg)
         return True
     except Exception as error:  # whatever is missing or broken, the run goes on without
         for owner, name in parts:
@@ -42,6 +41,14 @@ def compile_parts(model, data: TaskSet, cfg: Config) -> bool:
         print(f"--compile: compiling failed, the run continues without ({line}); if it worked before, remove "
               f"the cache {cache_dir()}", file=sys.stderr)
         return False
+
+
+def try_loss(model, data: TaskSet, cfg: Config):
+    """Computes one loss and its gradient. Weights and buffers stay as they are."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        model.train()
+        batch_loss(model, data.batch(cfg.batch_size, cfg.seed, 0), 0, cfg)[0].backward()
     finally:
         model.load_state_dict(before)
         model.zero_grad(set_to_none=True)

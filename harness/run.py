@@ -29,7 +29,7 @@ import arc_data
 import eval as evaluation
 import lejepa
 from arc_data import TaskSet, TokenTable, make_windows, need
-from harness import charts, checkpoint, profiling, report
+from harness import charts, checkpoint, distributed, profiling, report
 from harness.checkpoint import write_file
 from harness.health import add_health, code_statistics, effective_rank
 from lejepa import Config
@@ -99,9 +99,10 @@ def commit() -> str:
         return ""
 
 def describe_device(device: str) -> str:
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name()
+    return name if distributed.ranks() == 1 else f"{distributed.ranks()} processes, each on: {name}"
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     """Makes and locks the run's folder. A folder with other content is used with --resume or --profile only.
@@ -179,7 +180,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter      # slow to import, and only a run needs it
         self.cfg, self.folder, self.model, self.optimizers = cfg, Path(cfg.run), model, optimizers
         self.start, self.saved, self.begin = start, start, begin
-        self.signal, self.alerted, self.trained = None, False, False
+        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.held_out, self.unseen = held_out, make_windows(held_out)
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
@@ -202,10 +203,11 @@ class RunLog:
         self.count(done, metrics, batch)
         evaluate = done % eval_interval(self.cfg) == 0 or done == self.cfg.steps
         due = evaluate or done % LOG_EVERY == 0
-        if due or self.signal:
+        if due or (self.received and distributed.ranks() == 1):
             values = self.read(metrics)                # the only line that waits for the device
             if due:
                 self.write(done, values, self.evaluate(done) if evaluate else {})
+            self.signal, self.alerted = distributed.agree(self.received, self.alerted, self.cfg.device)
             if evaluate or self.signal or self.alerted:
                 self.save(done)
         return bool(self.signal or self.alerted)
@@ -216,7 +218,7 @@ class RunLog:
         self.first_bad = torch.where((self.first_bad[0] > 0) | row.isfinite().all(), self.first_bad, row)
         self.grad_sum = self.grad_sum + metrics["grad_norm"]
         self.grad_max = torch.maximum(self.grad_max, metrics["grad_norm"])
-        self.windows += len(batch.index)
+        self.windows += getattr(batch, "windows", len(batch.index))
 
     def read(self, metrics: dict) -> dict[str, float]:
         """The terms of a step as numbers. Ends the run if they, or those of a step before, are not finite."""
@@ -293,7 +295,7 @@ class RunLog:
         log = (self.folder / "log.jsonl").read_bytes()
         state = {"log_bytes": len(log), "log_sha256": hashlib.sha256(log).hexdigest(),
                  "tasks_sha256": self.digest, "threads": torch.get_num_threads(), "windows": self.windows,
-                 "seconds": round(self.seconds(), 3),
+                 "ranks": distributed.ranks(), "seconds": round(self.seconds(), 3),
                  "grad_sum": float(self.grad_sum), "grad_max": float(self.grad_max)}
         checkpoint.save(self.folder, self.model, self.optimizers, step, self.cfg, commit(), state)
         self.saved = step
@@ -347,6 +349,35 @@ def evaluate_sample(model, windows, pool: torch.Tensor, limit: int = 1024, seed:
                      "effective_rank_context": effective_rank(z_hat),
                      "effective_rank_target": effective_rank(target)}
 
+class FollowerLog(RunLog):
+    """The log of a rank other than the first, which ends with the others and writes nothing."""
+
+    def __init__(self, cfg: Config, start: int):
+        self.cfg, self.saved = cfg, start
+        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
+        self.first_bad = torch.zeros(1, device=cfg.device)
+
+    def count(self, step: int, metrics: dict, batch):
+        values = torch.stack(list(metrics.values()))
+        self.first_bad = torch.maximum(self.first_bad, (~values.isfinite().all()).float())
+
+    def read(self, metrics: dict) -> dict:
+        if self.first_bad:
+            raise SystemExit(1)                        # the first rank says why
+        return {}
+
+    def evaluate(self, step: int) -> dict:
+        return {}
+
+    def write(self, step: int, values: dict, figures: dict):
+        pass
+
+    def save(self, step: int):
+        self.saved = step
+
+    def close(self):
+        pass
+
 def result_figures(done: evaluation.Evaluation) -> dict:
     """What result.json takes from an evaluation, flat."""
     names = (*evaluation.RETRIEVAL, *evaluation.DEMONSTRATIONS, *evaluation.HARD)
@@ -367,21 +398,28 @@ def result_figures(done: evaluation.Evaluation) -> dict:
 # ----------------------------------------------------------------------------------------------------- run
 def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     """Everything else that can fail by what was given, before the first step. Errors say what."""
-    data = TaskSet(tasks, cfg.device, cfg.demonstrations)
+    make_data = TaskSet if distributed.ranks() == 1 else distributed.RankTasks
+    data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = lejepa.make_optimizers(model, cfg)
     digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)
     start, state = 0, {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0, "tasks_sha256": digest}
     if cfg.resume:
-        start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
-    compiled = cfg.compile and profiling.compile_parts(model, data, cfg)
+        with distributed.first_rank_first():
+            start, state = checkpoint.resume(model, optimizers, cfg, commit(), digest)
+    trained = distributed.replicate(model, data, cfg)
+    compiled = cfg.compile and profiling.compile_parts(trained, data, cfg)
+    if trained is not model:  # after its first gradient DDP sums in another order, and so in a resumed run
+        profiling.try_loss(trained, data, cfg)
+    if distributed.rank():
+        return data, trained, optimizers, FollowerLog(cfg, start), start
     write_config(cfg, compiled)
     if cfg.profile:
         return data, model, optimizers, None, 0
     log = RunLog(cfg, model, optimizers, tasks, held_out, start, state, begin)
     if not start:
         log.save(0)                                    # so that a run that is killed early can be resumed
-    return data, model, optimizers, log, start
+    return data, trained, optimizers, log, start
 
 def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
     cut = data.table.tokens.cut
@@ -392,7 +430,7 @@ def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: T
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""
     def end_after_step(number, frame):  # the step is finished and saved; a second signal ends at once
-        log.signal = signal.Signals(number)
+        log.received = number
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, signal.SIG_DFL)
         if log.trained:                                # during the evaluation there is nothing to save
@@ -404,15 +442,23 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
         try:
             steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
             log.trained = True
-            if not log.signal and not log.alerted:
+            log.signal = log.signal or log.received
+            if not log.signal and not log.alerted and not distributed.rank():
                 log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
         finally:
             log.close()
     except KeyboardInterrupt:
         way_out += ", which evaluates again"
+        log.signal = log.received
     except OSError as error:                           # no room, or no permission
-        print(f"lejepa.py: {error}; the last good checkpoint is step {log.saved}; once that is mended, "
-              f"continue with {way_out}", file=sys.stderr)
+        distributed.report(f"{error}; the last good checkpoint is step {log.saved}; once that is mended, "
+                           f"continue with {way_out}")
+        return 1
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        distributed.report(f"another process ended or cannot be reached; the last good checkpoint is step "
+                           f"{log.saved}; continue with {way_out}")
         return 1
     if log.alerted:
         print(f"stopped by an alert after step {log.saved}; to continue: {way_out}, without --stop-on-alert")
@@ -444,16 +490,20 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_large_blocks()
     threading.excepthook = quiet_disk_errors
-    cfg = parse_flags()
     lock = None
     try:
-        try:
-            tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
-            cfg, lock = open_folder(cfg)
-            data, model, optimizers, log, start = prepare(cfg, tasks, held_out, begin)
-        except (ValueError, OSError) as error:
-            print(f"lejepa.py: {error}", file=sys.stderr)
-            sys.exit(2)
+        with distributed.one_voice():
+            cfg = parse_flags()
+            try:
+                distributed.start(cfg)
+                tasks, held_out, leaks = arc_data.split(cfg.data, cfg.validate)
+                if not distributed.rank():
+                    cfg, lock = open_folder(cfg)
+                cfg = distributed.share_folder(cfg)
+                data, model, optimizers, log, start = prepare(cfg, tasks, held_out, begin)
+            except (ValueError, OSError) as error:
+                print(f"lejepa.py: {error}", file=sys.stderr)
+                sys.exit(2)
         print(describe_data(cfg, tasks, held_out, leaks, data), flush=True)
         if cfg.profile:
             sys.exit(profiling.profile(model, optimizers, data, cfg))
@@ -465,7 +515,7 @@ def main():
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        print(f"lejepa.py: out of memory ({reason}); use a smaller --batch-size or --size", file=sys.stderr)
+        distributed.report(f"out of memory ({reason}); use a smaller --batch-size or --size")
         sys.exit(1)
     except KeyboardInterrupt:                          # before the first step
         sys.exit(130)

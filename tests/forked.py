@@ -118,13 +118,13 @@ def make_small(evaluates=False):
 
 def at(step, action):
     """Before batch `step` is drawn, counted from 0, calls action()."""
-    draw = TaskSet.batch
+    draw = TaskSet.draw
 
-    def batch(self, size, seed, number):
+    def drawn(self, size, seed, number):
         if self.augment and number == step:            # validation draws batches too, without augmentation
             action()
         return draw(self, size, seed, number)
-    TaskSet.batch = batch
+    TaskSet.draw = drawn
 
 
 def in_evaluation(action):
