@@ -312,7 +312,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(DROPOUT)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """x (R, L, W) -> (R, L, W); bias (R, 1, L, L) is 0 where a slot attends to another, else -inf."""
         rows, slots, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1)
