@@ -183,6 +183,7 @@ class EppsPulley(torch.autograd.Function):
     2 sum_k w_k t_k [S_k cos t_k x - (C_k - phi_k) sin t_k x], C and S being the two means. Eager code
     multiplies complex numbers in place; the compiler does not support them and fuses `multiples` instead.
     """
+
     @staticmethod
     def forward(ctx, x, t, phi, weight):
         if torch.compiler.is_compiling():
@@ -318,7 +319,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(DROPOUT)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         """x (R, L, W) -> (R, L, W); bias (R, 1, L, L) is 0 where a slot attends to another, else -inf."""
         rows, slots, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(rows, slots, 3, self.heads, -1)

@@ -162,6 +162,8 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
         need(hashlib.sha256(log).hexdigest() == found["state"]["log_sha256"],
              f"{folder / 'log.jsonl'} is not the log of step {found['step']}; put it back, or train in "
              "another --run folder")
+        if (folder / "config.json").exists():
+            read_json(folder / "config.json")          # the run will rewrite it
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: of another version of lejepa.py: {message}") from None

@@ -44,8 +44,8 @@ def start(cfg: Config, url: str = "env://"):
              "--profile": cfg.profile}
     for flag in (flag for flag, used in given.items() if used):
         raise ValueError(f"{flag} works in one process alone; leave torchrun out")
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if cfg.device == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"--nproc-per-node: each process needs a GPU, and this machine has {gpus}")
         torch.cuda.set_device(local)

@@ -130,9 +130,10 @@ def commit() -> str:
         return ""
 
 def describe_device(device: str) -> str:
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name()
+    return name if distributed.ranks() == 1 else f"{distributed.ranks()} processes, each on: {name}"
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
     """Makes and locks the run's folder. A folder with other content is used with --resume or --profile only.
@@ -406,17 +407,19 @@ def evaluate_sample(model, windows, pool: torch.Tensor, limit: int = 1024, seed:
                      "effective_rank_target": effective_rank(target)}
 
 class FollowerLog(RunLog):
-    """Of a rank other than the first: it ends with the others and writes nothing."""
+    """The log of a rank other than the first, which ends with the others and writes nothing."""
 
     def __init__(self, cfg: Config, start: int):
         self.cfg, self.saved = cfg, start
         self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.first_bad = torch.zeros(1, device=cfg.device)
-        self.grad_sum = self.grad_max = torch.zeros((), device=cfg.device)
-        self.windows = 0
+
+    def count(self, step: int, metrics: dict, batch):
+        values = torch.stack(list(metrics.values()))
+        self.first_bad = torch.maximum(self.first_bad, (~values.isfinite().all()).float())
 
     def read(self, metrics: dict) -> dict:
-        if self.first_bad[0]:
+        if self.first_bad:
             raise SystemExit(1)                        # the first rank says why
         return {}
 
@@ -500,15 +503,17 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
         try:
             steps = lejepa.train(model, optimizers, data, cfg, start, log.after_step)
             log.trained = True
+            log.signal = log.signal or log.received
             if not log.signal and not log.alerted and not distributed.rank():
                 log.finish(lejepa.build(cfg).to(cfg.device).eval(), data.windows, steps)
         finally:
             log.close()
     except KeyboardInterrupt:
         way_out += ", which evaluates again"
+        log.signal = log.received
     except OSError as error:                           # no room, or no permission
-        print(f"lejepa.py: {error}; the last good checkpoint is step {log.saved}; once that is mended, "
-              f"continue with {way_out}", file=sys.stderr)
+        distributed.report(f"{error}; the last good checkpoint is step {log.saved}; once that is mended, "
+                           f"continue with {way_out}")
         return 1
     except RuntimeError as error:
         if not distributed.is_lost_rank(error):
@@ -571,7 +576,7 @@ def main():
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        print(f"lejepa.py: out of memory ({reason}); use a smaller --batch-size or --size", file=sys.stderr)
+        distributed.report(f"out of memory ({reason}); use a smaller --batch-size or --size")
         sys.exit(1)
     except KeyboardInterrupt:                          # before the first step
         sys.exit(130)

@@ -741,7 +741,6 @@ def test_windows_are_all_choices_of_a_first_demonstration_and_a_given_pair_with_
         assert sorted(choices) == list(itertools.permutations(sorted(set(places)), 2))
         assert len(set(places)) == number
     assert counts == set(range(1, most + 1))
-    assert batch.targets.tolist() == sorted({row[-1] for row in index})
 
 
 def test_tasks_run_forwards_and_backwards_equally_often(crowd):
@@ -763,10 +762,12 @@ def test_a_batch_depends_on_seed_and_step_alone(crowd):
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
 
 
-def test_a_batch_holds_as_many_windows_as_were_asked_for(tmp_path):
+def test_a_batch_holds_as_many_windows_as_were_asked_for_and_names_their_targets():
     tasks = synthetic_tasks(3, pairs=(4, 6))
     for size in (2, 6, 7, 100):
-        assert len(TaskSet(tasks).batch(size, 0, 0).index) == size
+        batch = TaskSet(tasks).batch(size, 0, 0)
+        assert len(batch.index) == len(batch.shown) == size
+        assert batch.targets.tolist() == sorted(set(batch.index[:, -1].tolist()))
     tasks = synthetic_tasks(3, pairs=(2, 3))           # two pairs each
     assert len(TaskSet(tasks).batch(10, 0, 0).index) == 10
 

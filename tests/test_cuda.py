@@ -14,9 +14,10 @@ MAY_WAIT = ("run.read", "run.evaluate", "run.save", "run.finish", "run.prepare")
 
 @pytest.fixture(autouse=True)
 def toy_width(monkeypatch):
-    """Every size with its own layers, heads and ratios, and narrow."""
+    """Every size with its own heads and ratios, narrow and shallow."""
     for name, size in lejepa.SIZES.items():
-        toy = size._replace(width=4 * size.heads, pooled=16 * size.heads, hidden=24, dim=16, directions=32)
+        toy = size._replace(width=4 * size.heads, pooled=16 * size.heads, hidden=24, dim=16, directions=32,
+                            encoder_layers=2, predictor_layers=2)
         monkeypatch.setitem(lejepa.SIZES, name, toy)
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import synthetic_tasks
-from forked import TOY, assert_same_bits, at, child, fork, make_small, read_tensors, refused, stop, toy_flags
+from forked import (TOY, assert_same_bits, at, child, fork, make_small, poison, read_tensors, refused, stop,
+                    toy_flags)
 
 import arc_data
 import lejepa
@@ -222,6 +223,13 @@ def test_a_run_of_two_ranks_stopped_by_a_signal_to_one_resumes_bit_for_bit_or_on
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
     said = go_ranks(tmp_path / "alone", "--resume", count=1)
     assert "written by 2 processes, this run has 1" in said and read_tensors(tmp_path / "alone")[1] == 12
+
+
+@pytest.mark.whole
+def test_a_loss_of_one_rank_that_is_not_finite_ends_all_with_one_line(go_ranks, tmp_path):
+    said = go_ranks(tmp_path / "run", status=1, changes=lambda number: [partial(poison, 2)] if number else [])
+    line = said.splitlines()[-1]
+    assert line.startswith("grad_norm is nan at step 3 ") and line.endswith("checkpoint is step 0")
 
 
 @pytest.mark.parametrize("flags, way_out", [(["--objective", "infonce"], "leave torchrun out"),

@@ -308,3 +308,9 @@ def test_a_kept_result_equals_its_row():
         result, row = json.loads(path.read_text()), next(row for row in ROWS if row["run"] == path.parent.name)
         assert all(result[key] == row[key] for key in result if key != "history")
         assert (path.parent / "result.png").exists()
+
+
+def test_the_table_of_digits_equals_the_records():
+    for row, name in zip(page_rows("digits"), ("digits-untrained", "digits-levels3"), strict=True):
+        record = runs_of(name)[0]
+        assert row[1:] == [f"{record['linear']:.4f}", f"{record['knn']:.4f}"]

@@ -1004,7 +1004,7 @@ def test_train_takes_each_step_once_from_start_and_ends_where_after_step_says(na
     assert lejepa.train(model, optimizers, data, cfg, start=6) == 8
 
 
-@pytest.mark.parametrize("flags", [{}, {"memory": 0}, {"code": "ema"}, {"objective": "infonce"}])
+@pytest.mark.parametrize("flags", [{}, {"code": "ema"}, {"objective": "infonce"}])
 def test_training_resumed_from_its_saved_tensors_equals_uninterrupted_training_bit_for_bit(narrow, flags):
     data = arc_data.TaskSet(synthetic_tasks(24), demonstrations=3)
 
@@ -1024,7 +1024,7 @@ def test_training_resumed_from_its_saved_tensors_equals_uninterrupted_training_b
     assert found.keys() == expected.keys()
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
     held = "model.objective.queue" if "objective" in flags else "model.objective.memory"
-    assert torch.equal(saved[held], expected[held]) == (flags.get("memory") == 0)
+    assert not torch.equal(saved[held], expected[held])
 
 
 def test_the_learning_rate_rises_over_50_steps_and_then_stays(narrow):
@@ -1192,6 +1192,7 @@ def run_script(script, folder=ROOT, **environment):
 
 
 @pytest.mark.whole
+@pytest.mark.whole
 def test_importing_a_module_changes_nothing_in_the_process():
     script = STATE + """
 before = state()
@@ -1203,6 +1204,7 @@ print(*changed(before[0], state()[0]))
     assert run_script(script).split() == []
 
 
+@pytest.mark.whole
 @pytest.mark.whole
 def test_importing_lejepa_needs_torch_numpy_and_safetensors_and_nothing_else():
     script = """
