@@ -244,7 +244,7 @@ class LeJEPALoss(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss and its terms. code_directions (m / C, M / 4) test y; directions (D, M): --memory 0 only."""
+        """The loss and its terms. code_directions (m / C, M / 4) test y, directions (D, M) z if memory is 0."""
         prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
         sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
