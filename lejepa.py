@@ -90,7 +90,7 @@ class Config:
     run: Annotated[str | None, "folder of the run's record (default: runs/<time>-<size>-<objective>)"] = None
     size: Annotated[Literal["small", "base", "large"] | None, "size (default: base on a GPU)"] = None
     steps: Annotated[int | None, "training steps (default: the size's own)"] = None
-    batch_size: Annotated[int | None, "windows in a batch, six of each task (default: the size's own)"] = None
+    batch_size: Annotated[int | None, "windows in a batch, at least six of a task (default: by size)"] = None
     lr: Annotated[float | None, "learning rate after the warm-up (default: the size's own)"] = None
     weight_decay: Annotated[float, "decoupled weight decay of matrices"] = 0.5
     demonstrations: Annotated[int, "K: a training window shows 1 to K demonstrations"] = 2
@@ -244,7 +244,7 @@ class LeJEPALoss(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss and its terms. code_directions (m / C, M / 4) test y, directions (D, M) z if memory is 0."""
+        """The loss and its terms. code_directions (m / C, M / 4) test y; directions (D, M) if memory is 0."""
         prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
         sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
