@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import types
 import zlib
 
 import numpy as np
@@ -42,6 +43,7 @@ class Toy:
     def __init__(self, seed=0, width=12, sees=("colour", "area", "shape")):
         self.map = torch.randn(900 * 11, width, generator=torch.Generator().manual_seed(seed)) / 30
         self.sees, self.seed = sees, seed
+        self.in_use = types.SimpleNamespace(codes_kept=4), None
 
     def embed(self, grids, layer="z"):
         return evaluation.OneHot(grids)[torch.arange(len(grids))] @ self.map if len(grids) else self.map[:0]

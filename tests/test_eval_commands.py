@@ -17,7 +17,7 @@ from test_eval import Toy
 import arc_data
 import eval as evaluation
 import lejepa
-from harness import commands
+from harness import commands, decoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +41,7 @@ def run(tmp_path, monkeypatch, tasks):
     class Untrained(Toy):
         eval = lambda self: self
     monkeypatch.setattr(lejepa, "load_run", load_run)
+    monkeypatch.setattr(decoder, "STEPS", 2)
     monkeypatch.setattr(lejepa, "build", lambda cfg: Untrained(seed=9))
     monkeypatch.chdir(tmp_path)
     for name in ("run", "other"):
@@ -77,7 +78,7 @@ def test_the_command_writes_the_whole_record_and_says_where(run, tasks, capsys):
     data = {"source": "tasks", "tasks": 10, "windows": sum(n * (n - 1) for n in pairs_of_each(tasks))}
     for record in (written, health):
         assert data.items() <= record["data"].items() and record["data"]["shared_with_training"] > 0
-    assert tuple(written) == ("data", *evaluation.METRICS)
+    assert tuple(written) == ("data", *evaluation.METRICS, *decoder.METRICS)
     assert {"cross_entropy", "probes", "context", "target", "codes", "lead", "criteria"} <= set(health)
     screen = capsys.readouterr().out
     assert f"{written['probe_knn']['model']:.3f}" in screen and str(out / "eval.json") in screen
