@@ -317,7 +317,8 @@ def test_ctrl_c_while_compiling_leaves_with_130_and_the_folder_can_be_used_again
 
 
 def no_compiler(folder):
-    os.environ["CXX"] = str(folder / "nothing")
+    import torch._inductor.config
+    torch._inductor.config.cpp.cxx = (None, str(folder / "nothing"))   # as read from CXX when it is imported
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
 
 
