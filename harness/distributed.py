@@ -72,7 +72,7 @@ def end_when_stuck():
 @contextlib.contextmanager
 def one_voice():
     """Ranks other than the first print no result, and inside it no error: all of them find the same."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0":
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0":
         yield
         return
     sys.stdout = open(os.devnull, "w")
