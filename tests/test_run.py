@@ -221,7 +221,7 @@ def test_result_json_holds_the_contract_and_the_screen_shows_it(run, task_folder
     assert set(RESULT) <= set(result) and set(BASELINES) <= set(result["baselines"])
     assert all(set(METRICS) - {"all_demonstrations"} <= set(row) for row in result["baselines"].values())
     _, held_out, _ = arc_data.split(str(task_folder), None)
-    assert result["steps"] == STEPS and result["sigreg_n"] > 1
+    assert result["steps"] == STEPS and result["sigreg_n"] == min(192, result["validation_windows"])
     assert result["validation_windows"] == len(arc_data.make_windows(held_out).index)
     unlearned = [row["within_task"] for name, row in result["baselines"].items()
                  if not re.search("trained$|code", name) or name.endswith("untrained")]
