@@ -1,15 +1,15 @@
 """LeJEPA for ARC: a world model of grids with discrete codes, in one file.
 
-1. A grid is a set of objects; a small network turns the shape of each object into 20 numbers y.
-2. The numbers are cut at Gaussian quantiles into four discrete codes, with a straight-through gradient.
+1. A grid is a list of tokens: itself, then its objects. A small network maps a shape to 20 numbers y.
+2. Each number is replaced by the median of its Gaussian quantile bin; five bins make one of four codes.
 3. A transformer embeds the symbols (codes, colour, box) of one grid as z, on the sphere of radius sqrt(D).
 4. A predictor estimates z of the answer from z of some demonstrations (in, out) and of a given grid.
 5. Both are trained together; gradients flow through both the prediction and the target:
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg(y) measures how far the numbers behind the codes are from N(0, I), where all codes are equally likely.
-SIGReg(z) is a local form of it: each target repels its close neighbours, in the batch and in a memory of
+SIGReg(y) measures how far the numbers behind a code are from N(0, I), where all codes are equally likely.
+SIGReg(z) is a pairwise form of it: each target repels its close neighbours, in the batch and in a memory of
 earlier ones. No teacher, no stop-gradient on the target, no codebook. Evaluation uses averaged weights.
 
     B windows (K demonstrations, given, answer)   G grids   U distinct shapes   R rows of L token slots
@@ -90,7 +90,7 @@ class Config:
     run: Annotated[str | None, "folder of the run's record (default: runs/<time>-<size>-<objective>)"] = None
     size: Annotated[Literal["small", "base", "large"] | None, "size (default: base on a GPU)"] = None
     steps: Annotated[int | None, "training steps (default: the size's own)"] = None
-    batch_size: Annotated[int | None, "windows in a batch, six of each task (default: the size's own)"] = None
+    batch_size: Annotated[int | None, "windows in a batch, at least six of a task (default: by size)"] = None
     lr: Annotated[float | None, "learning rate after the warm-up (default: the size's own)"] = None
     weight_decay: Annotated[float, "decoupled weight decay of matrices"] = 0.5
     demonstrations: Annotated[int, "K: a training window shows 1 to K demonstrations"] = 2
@@ -124,7 +124,7 @@ def resolve_defaults(cfg: Config) -> Config:
 
 # --------------------------------------------------------------------------------------------- 2 Objective
 
-KNOTS, DT = 17, 3 / 16                         # the published grid: t_k = k DT on [0, 3]
+KNOTS, DT = 17, 3 / 16                         # published: frequencies t_k = k DT on [0, 3]
 LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
 
 
@@ -133,10 +133,10 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
     z           (V, N, D) or (N, D)  embeddings; each of the V views is tested on its own N samples
     directions  (D, M)               unit columns, drawn anew at every step
-    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N if collapsed
+    returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N if all are 0
 
     Half types are raised to fp32. Raises ValueError for a view of one sample or shapes that do not match.
-    Source: arXiv:2511.08544, on the grid of its authors' code, mean over V and M. The closed form is ours.
+    Source: arXiv:2511.08544, at its authors' frequencies, mean over V and M. The closed form is ours.
     """
     if z.ndim not in (2, 3) or z.shape[-2] < 2 or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
         raise ValueError("sigreg takes z (V, N, D) or (N, D) of at least 2 samples and directions (D, M), "
@@ -146,7 +146,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
         x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)               # (V, M, N)
         t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 the error is 0
         phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
-        weight = 2 * DT * phi                                                  # 2: for -t as well
+        weight = 2 * DT * phi                                                  # the window; 2: for -t as well
         weight[-1] /= 2                                                        # the trapezoid rule
         return EppsPulley.apply(x.flatten(0, 1), t, phi, weight).mean()
 
@@ -160,19 +160,19 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    Averaged over all directions, the Epps-Pulley statistic at t is the mean of this kernel over all pairs, up
-    to what depends on lengths alone; crowded regions dominate it. The logarithm is taken for each sample, so
-    that each repels its neighbours with equal weight: uniformity (arXiv:2005.10242) with the logarithm inside
-    the mean, or the denominator of InfoNCE for targets instead of predictions.
+    Averaged over all directions, the Epps-Pulley statistic at t tends to the mean of this kernel over pairs
+    (large D, equal lengths); crowded regions dominate it. The logarithm is taken for each sample: so each one
+    repels its neighbours with equal weight. It is uniformity (arXiv:2005.10242) with the logarithm inside the
+    mean, or the denominator of InfoNCE for targets instead of predictions.
     """
     column = torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
     unused = (column >= len(z) + filled) | (column == column[:len(z), None])   # empty memory, and i itself
-    kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -math.inf)
-    return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log(len(z) - 1 + filled)).mean()
+    kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -1e4)  # finite where nothing is left
+    return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log((len(z) - 1 + filled).clamp(min=1))).mean()
 
 
-def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:  # replaced by harness/distributed.py
+def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:  # harness/distributed.py: all-reduce
     return means, count
 
 
@@ -198,7 +198,7 @@ class EppsPulley(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, t, factors = ctx.saved_tensors
-        of_sin, of_cos = factors.unbind(2)  # (V M, T): factors of sin and cos; C - phi is that of the sine
+        of_sin, of_cos = factors.unbind(2)  # (V M, T): the error C - phi multiplies sin, S multiplies cos
         if torch.compiler.is_compiling():
             waves = zip(of_cos.T[..., None], of_sin.T[..., None], *multiples(x, t))
             return 2 * grad[:, None] * sum(a * cos - b * sin for a, b, cos, sin in waves), None, None, None
@@ -251,7 +251,7 @@ class LeJEPALoss(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss and its terms. directions (D, M) test z, code_directions (m / C, M') the y of one code."""
+        """The loss and its terms. code_directions (m / C, M / 4) test y; directions (D, M) if memory is 0."""
         prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
         sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
@@ -260,7 +260,7 @@ class LeJEPALoss(nn.Module):
         return loss, {"prediction": prediction, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
 
     def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
-        """SIGReg(z) of the distinct targets (N, D) against the memory; of all z (G, D) without a memory."""
+        """SIGReg(z) of the targets (N, D), which then enter the memory; of all z (G, D) without a memory."""
         if len(self.memory) == 0:
             return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: grids alternate in, out
         value = local_sigreg(targets, self.memory, self.filled)
@@ -305,7 +305,7 @@ class GaussianQuantizer(nn.Module):
         return (self.level(y).unflatten(-1, (CODES, len(LEVELS))) * self.radix).sum(-1)
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
-        """SIGReg of y (N, m) on the published grid; the numbers of each code (C, N, m / C) are one view."""
+        """SIGReg of y (N, m) as published; the numbers of each code (C, N, m / C) are one view."""
         return sigreg(y.unflatten(-1, (CODES, len(LEVELS))).transpose(0, 1), directions)
 
 
@@ -341,7 +341,7 @@ class ObjectHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
                                  nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
-        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y has variance 1: at 0 SIGReg has no gradient
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # so that y starts at variance 1: SIGReg is flat at 0
         nn.init.normal_(self.mlp[-1].weight, std=0.2)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
@@ -361,7 +361,7 @@ class Encoder(nn.Module):
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
-        width, self.codes_kept = size.width, CODES     # in eval mode, 1 kept code reads the first one alone
+        width, self.codes_kept = size.width, CODES     # codes_kept: 1 to C codes read in eval mode
         self.objects, self.quantizer = ObjectHead(width), quantizer
         self.symbol, self.colour = nn.Linear(CODES * len(LEVELS), width), nn.Embedding(10, width)
         self.box = nn.Embedding(6 * (SIDE + 1), width)  # top, left, height, width, bottom, right
@@ -410,7 +410,7 @@ class Encoder(nn.Module):
         return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
 
     def pool(self, x: Tensor, symbols: Tensor, grids: Grids) -> Tensor:
-        """x (R L, P) -> (G, 5 P): whole-grid token, maximum, mean, sum / 2 sqrt(n) of tokens and symbols."""
+        """(G, 5 P): whole-grid token and maximum of x; mean and sum / 2 sqrt(n) of x (R L, P) and symbols."""
         count, owner = len(grids.first), grids.grid.flatten()          # an empty slot has owner G
         both = torch.cat([x, symbols], 1)
         total = both.new_zeros(count + 1, both.shape[1]).index_add(0, owner, both)[:count]
@@ -468,7 +468,7 @@ class LeJEPA(nn.Module):
         return holder.encoder, holder.predictor
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """z (G, D) of the grids, z_hat (B, D) of windows, y (U, m) of shapes; batch.index holds rows of z."""
+        """z (G, D) of the grids, z_hat (B, D) of windows, y (U, m) of shapes; batch.index points into z."""
         encoder, predictor = self.in_use
         z, y = encoder(batch.grids)
         with record_function("predictor"):
@@ -571,7 +571,7 @@ def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dic
     with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
         z, z_hat, y = model(batch)
     with record_function("sigreg"):
-        directions = draw_directions(size.dim, size.directions, cfg, step)
+        directions = draw_directions(size.dim, 0 if cfg.memory else size.directions, cfg, step)
         code_directions = draw_directions(len(LEVELS), size.directions // 4, cfg, step)
         return model.objective.compute_loss(model, batch, z, z_hat, y, directions, code_directions, cfg.lam)
 

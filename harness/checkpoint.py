@@ -148,6 +148,7 @@ def resume(model, optimizers, cfg: Config, commit: str, digest: str) -> tuple[in
     tensors, found, path = read_checkpoint(folder)
     try:
         check_flags(cfg, found)
+        need("state" in found, f"{path} holds averaged weights alone: it can be evaluated, not continued")
         need(found["state"]["tasks_sha256"] == digest, "the tasks of --data or --validate changed since the "
              f"run in {cfg.run} began; put them back, or train in another --run folder")
         weights = {name: value for name, value in tensors.items() if name.startswith("model.")}

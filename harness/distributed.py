@@ -45,10 +45,10 @@ def start(cfg: Config, url: str = "env://"):
     for flag in (flag for flag, used in given.items() if used):
         raise ValueError(f"{flag} works in one process alone; leave torchrun out")
     if cfg.device == "cuda":
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(f"--nproc-per-node: each process needs a GPU, and this machine has {gpus}")
-        torch.cuda.set_device(local)
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if local > gpus:                               # which every rank finds, before any waits for another
+            raise ValueError(f"--nproc-per-node {local}: each process needs a GPU; this machine has {gpus}")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     store, number, count = next(dist.rendezvous(url))
     dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", None, store=store, rank=number,
                             world_size=count)
@@ -72,7 +72,7 @@ def end_when_stuck():
 @contextlib.contextmanager
 def one_voice():
     """Ranks other than the first print no result, and inside it no error: all of them find the same."""
-    if os.environ.get("RANK", "0") == "0":
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0":
         yield
         return
     sys.stdout = open(os.devnull, "w")

@@ -106,13 +106,10 @@ def criteria(log: list[dict], result: dict, lam: float, done) -> list[tuple[str,
     return judged
 
 def largest_share(log: list[dict], lam: float) -> float | None:
-    """The larger of the shares that prediction and SIGReg have in the loss, each the mean over the rows."""
-    rows = [[number(row.get(key)) for key in ("prediction", "loss")] for row in log]
-    rows = np.array([row for row in rows if None not in row and row[1]]).reshape(-1, 2)
-    if not len(rows):
-        return None
-    share = float(((1 - lam) * rows[:, 0] / rows[:, 1]).mean())
-    return max(share, 1 - share)
+    """The largest of the shares that prediction and both SIGRegs have in the loss: means over the rows."""
+    rows = [[number(row.get(key)) for key in ("prediction", "sigreg_z", "sigreg_y", "loss")] for row in log]
+    rows = np.array([row for row in rows if None not in row and row[3]]).reshape(-1, 4)
+    return float(((1 - lam, lam, lam) * rows[:, :3] / rows[:, 3:]).mean(0).max()) if len(rows) else None
 
 
 # ------------------------------------------------------------------------------------------------ sections

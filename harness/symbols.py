@@ -98,15 +98,15 @@ def first_code_figures(model, grids: list) -> dict:
 
 @torch.no_grad()
 def retrieval_by_codes(model, windows) -> dict[str, float]:
-    """nDCG@10 without out1 where only the first 1, 2, 3 codes of each object are read."""
+    """nDCG@10 without out1 where only the first 0, 1, 2, 3 codes of each object are read."""
     encoder, _ = model.in_use
     every, found, queries = encoder.codes_kept, {}, evaluation.window_queries(windows)
-    for count in range(1, every):
+    for count in range(every):
         encoder.codes_kept = count
         pool = model.embed([windows.grids[i] for i in windows.outputs]).float().cpu()
         space = evaluation.Space(torch.arange(len(pool)), pool, measure=evaluation.euclidean)
         z_hat = model.predict(evaluation.contexts(windows)).float().cpu()
         values = evaluation.rank(space.by_embedding(z_hat), queries)["ndcg10_without_out1"]
-        found["1 code" if count == 1 else f"{count} codes"] = float(values.mean())
+        found[f"{count} codes"] = float(values.mean())
     encoder.codes_kept = every
     return found

@@ -57,13 +57,13 @@ def test_the_fast_step_equals_the_naive_one_over_10_steps(monkeypatch):
     monkeypatch.setattr(lejepa, "DROPOUT", 0.0)        # drawn by layout, it would tell two layouts apart
     monkeypatch.setattr(lejepa.Encoder, "NESTED", 0.0)
     data = TaskSet(synthetic_tasks(31))
-    cfg, fast, optimizers = setting()
+    cfg, fast, optimizers = setting(18)
     naive, alone = copy.deepcopy(fast), copy.deepcopy(fast)
     its_own = lejepa.make_optimizers(alone, cfg)
     for step in range(10):
         naive.load_state_dict(fast.state_dict())
-        ours = lejepa.train_step(fast, optimizers, data.batch(30, 0, step), step, cfg)
-        batch = bench.padded(data, 30, 0, step)
+        ours = lejepa.train_step(fast, optimizers, data.batch(18, 0, step), step, cfg)
+        batch = bench.padded(data, 18, 0, step)
         with mock.patch.object(lejepa, "sigreg", bench.plain_sigreg):
             theirs = lejepa.train_step(naive, lejepa.make_optimizers(naive, cfg), batch, step, cfg)
             drifted = lejepa.train_step(alone, its_own, batch, step, cfg)

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 FLAGS = {"size": "small", "device": "cpu", "dtype": "fp32", "compile": False, "steps": 2, "batch_size": 40,
          "lr": 6e-3}
 MEMORIES = (50, 0)                             # SIGReg(z): local, with a memory that overflows; as published
-# What a BatchNorm subtracts has a gradient of 0 up to rounding, of which AdamW makes a step all the same.
+# What a BatchNorm or a softmax (the keys' bias) subtracts has a gradient of 0 up to rounding; AdamW makes a
+# step of it.
 CANCELLED = ("projector.0.bias", "head.0.bias", "projector.1.running_mean", "head.1.running_mean")
 PRIME = 7                                      # tasks in a batch: no number of ranks divides it
 
@@ -169,8 +170,11 @@ def test_two_steps_of_any_ranks_end_at_the_weights_of_one_process(one, many, mem
     expected, found = one["steps", memory], many[0]["steps", memory]
     assert found["state"].keys() == expected["state"].keys() and len(expected["state"]) > 100
     for name, value in expected["state"].items():
+        other = found["state"][name]
+        if name.endswith("qkv.bias"):
+            value, other = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, other))
         if not name.endswith(CANCELLED):
-            torch.testing.assert_close(found["state"][name], value, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-4, msg=name)
     for terms, others in zip(found["terms"], expected["terms"], strict=True):
         for name, value in others.items():
             torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
