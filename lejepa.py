@@ -16,9 +16,7 @@ earlier ones. No teacher, no stop-gradient on the target, no codebook. Evaluatio
     W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
     V views   N samples of a view   Q embeddings in the memory   M directions   T frequencies   n items
 
-    python lejepa.py                            train, evaluate on unseen tasks, leave a record in runs/NAME/
-    python lejepa.py --run runs/NAME --resume   continue a run with its flags, or with more --steps
-    python lejepa.py --profile                  the training step under the profiler
+    python lejepa.py [--run FOLDER] [--resume] [--profile]     train, evaluate on unseen tasks, leave a record
 
 The default run takes minutes on two CPU cores; README.md has its results. The method without the harness:
 
@@ -58,7 +56,6 @@ from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable
 from arc_data import unique_grids, validate_contexts, validate_grids
 
 # ------------------------------------------------------------------------------------------------ 1 Config
-
 
 class Size(NamedTuple):
     """What grows with the machine. The method is the same in all sizes."""
@@ -104,11 +101,10 @@ class Config:
     profile: Annotated[bool, "trace the training step into <run>/profile/ and stop"] = False
     stop_on_alert: Annotated[bool, "end the run with exit status 3 when an alert trips"] = False
     code: Annotated[Literal["gaussian", "ema", "none", "vq", "gradient", "gumbel", "fsq"],
-                    "quantizer; all but gaussian for comparison"] = "gaussian"
-    objective: Annotated[Literal["lejepa", "infonce", "relational", "sum", "broken"],
-                         "loss; all but lejepa for comparison"] = "lejepa"
+                    "quantizer; the others are for comparison"] = "gaussian"
+    objective: Annotated[Literal["lejepa", "infonce", "relational", "sum", "broken"], "loss"] = "lejepa"
     context: Annotated[Literal["analogy", "transformer", "mean", "last", "attention", "gru"],
-                       "predictor; all but analogy for comparison"] = "analogy"
+                       "predictor of the answer's z"] = "analogy"
     preset: Annotated[str | None, "a recorded run, for its flags; legacy.py lists them"] = None
     legacy: Annotated[str | None, "NAME=VALUE,...: what legacy.py reads, and lists"] = None
     faithful: Annotated[bool, "turn on the faults of the recorded runs"] = False
@@ -251,7 +247,7 @@ class LeJEPALoss(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss and its terms. code_directions (m / C, M / 4) test y; directions (D, M) if memory is 0."""
+        """The loss, its terms. code_directions (m / C, M / 4) test y, directions (D, M) z if memory is 0."""
         prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
         sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
@@ -485,17 +481,14 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def codes(self, grids: list) -> list[tuple[Tensor, Tensor]]:
         """Codes (n, C) and boxes (n, 4: top, left, height, width) of each grid; item 0 is the whole grid."""
-        found = []
+        (encoder, _), found = self.in_use, []
         for chunk in self._chunks(validate_grids(grids)):
-            codes = self.code_indices(chunk)[chunk.object_id].flatten(0, 1).cpu()
+            codes = encoder.quantizer.indices(encoder.objects(chunk))                          # (U, C)
+            codes = codes[chunk.object_id].flatten(0, 1).cpu()
             boxes = chunk.box.flatten(0, 1).cpu()
             for first, count in zip(chunk.first.tolist(), chunk.count.tolist()):
                 found.append((codes[first:first + count], boxes[first:first + count]))
         return found
-
-    def code_indices(self, grids: Grids) -> Tensor:        # (U, C) int64: the codes of the distinct shapes
-        encoder, _ = self.in_use
-        return encoder.quantizer.indices(encoder.objects(grids))
 
     @torch.no_grad()
     def predict(self, contexts: list) -> Tensor:
@@ -571,7 +564,7 @@ def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dic
     with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
         z, z_hat, y = model(batch)
     with record_function("sigreg"):
-        directions = draw_directions(size.dim, 0 if cfg.memory else size.directions, cfg, step)
+        directions = draw_directions(size.dim, size.directions, cfg, step)
         code_directions = draw_directions(len(LEVELS), size.directions // 4, cfg, step)
         return model.objective.compute_loss(model, batch, z, z_hat, y, directions, code_directions, cfg.lam)
 
@@ -653,10 +646,10 @@ def load_run(path) -> tuple[LeJEPA, Config]:
         raise ValueError(f"{path}: of another version of lejepa.py: {error}") from None
     return model.eval().requires_grad_(False), cfg
 
-
 # --------------------------------------------------------------------------------------------------------
 # The method ends here. What follows is kept for comparison.
 # ------------------------------------------------------------------------------------------------ 7 Legacy
+
 
 class NoQuantizer(nn.Module):
     """No bottleneck: y is passed on unchanged and is not regularised."""
@@ -668,6 +661,7 @@ class NoQuantizer(nn.Module):
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         return y.new_zeros(())
+
 
 class EMAQuantizer(nn.Module):
     """VQ-VAE codebooks, one for each code: moving averages of their members, started from the first batch.
@@ -693,10 +687,10 @@ class EMAQuantizer(nn.Module):
         return self.vectors[torch.arange(len(self.vectors), device=chosen.device), chosen].flatten(1)
 
     def forward(self, y: Tensor) -> Tensor:
-        if self.training and not self.started:
+        if self.training:
             rows = torch.linspace(0, len(y) - 1, self.size, device=y.device).long()
             for start in (self.vectors.data, self.total):
-                start.copy_(self.split(y)[:, rows])
+                start.copy_(torch.where(self.started, start, self.split(y)[:, rows]))
             self.started.fill_(True)
         chosen = self.indices(y)
         mean = self.read(chosen).detach()
@@ -706,7 +700,8 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self, y: Tensor, chosen: Tensor):
-        one_hot = F.one_hot(chosen.T, self.size).float().transpose(1, 2)                       # (C, 768, U)
+        entry = torch.arange(self.size, device=y.device)[:, None]
+        one_hot = (chosen.T[:, None] == entry).float()                                         # (C, 768, U)
         self.members.lerp_(one_hot.sum(-1), 1 - self.decay)
         with torch.autocast(y.device.type, enabled=False):
             self.total.lerp_(one_hot @ self.split(y), 1 - self.decay)
@@ -715,6 +710,7 @@ class EMAQuantizer(nn.Module):
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
         """Commitment: the squared distance of y to its vector, at weight 0.25 in the loss whatever lam is."""
         return self.weight * (y - self.read(self.indices(y)).detach()).square().mean()
+
 
 class InfoNCE(nn.Module):
     """Contrastive prediction: z_hat is compared with the batch's outputs and a queue of earlier ones.
@@ -740,7 +736,7 @@ class InfoNCE(nn.Module):
         """Embeddings (n, D) of the batch's targets by the averaged encoder; each window's target (B,)."""
         if self.training:
             self.target.quantizer.eval()               # its codebook is averaged too, and follows no input
-            share = 1 - self.DECAY if self.filled else 1.0
+            share = torch.where(self.filled > 0, 1 - self.DECAY, 1.0)
             parts = ([*part.parameters(), *part.quantizer.buffers()] for part in (self.target, model.encoder))
             for average, now in zip(*parts):
                 average.lerp_(now, share) if now.is_floating_point() else average.copy_(now)
@@ -750,7 +746,9 @@ class InfoNCE(nn.Module):
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         keys, own = self.targets(batch, model)
         temperature = self.log_temperature.exp().clamp(*self.range)
-        logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue[:self.filled]]).T / temperature
+        unused = torch.arange(len(keys) + self.QUEUE, device=keys.device) >= len(keys) + self.filled
+        logits = F.normalize(z_hat, dim=-1) @ torch.cat([keys, self.queue]).T / temperature
+        logits = logits.masked_fill(unused, -math.inf)
         if self.training:
             self.queue[(self.filled + torch.arange(len(keys), device=keys.device)) % self.QUEUE] = keys
             self.filled += len(keys)
@@ -762,9 +760,11 @@ class InfoNCE(nn.Module):
     def readout(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
+
 def relational(a: Tensor, b: Tensor) -> Tensor:
     """Mean square difference of the squared distances inside a (..., S, D) and inside b: grows as scale^4."""
     return (torch.cdist(a, a).square() - torch.cdist(b, b).square()).square().mean()
+
 
 class Relational(LeJEPALoss):
     """LeJEPA, and at weight 0.05 `relational` of the batch's predictions and of their targets."""
@@ -774,12 +774,14 @@ class Relational(LeJEPALoss):
         term = relational(*(x / z.shape[1] ** 0.5 for x in (z_hat, z[batch.index[:, -1]])))
         return loss + 0.05 * term, terms | {"relational": term}
 
+
 class Variants(dict):
     """A table by name. What is not in it stands in legacy.py, which nothing else imports."""
 
     def __missing__(self, name: str):
         import legacy
         return legacy.VARIANTS[name]
+
 
 QUANTIZERS = Variants(gaussian=lambda cfg: GaussianQuantizer(), ema=lambda cfg: EMAQuantizer(cfg.lam),
                       none=lambda cfg: NoQuantizer())
@@ -792,6 +794,7 @@ RECIPES = Variants(method=lambda cfg: (TaskSet, make_optimizers, (math.inf, 0.0)
 def main():
     import harness.run                                 # flags, folders, checkpoints, logs and signals
     harness.run.main()
+
 
 if __name__ == "__main__":
     main()

@@ -324,7 +324,8 @@ class RunLog:
         figures["validation_loss"] = self.validation_loss()
         is_filled = self.objects.grid < len(self.objects.first)
         ids = self.objects.object_id[is_filled].cpu()          # (n,) of every object
-        codes = model.code_indices(self.objects).cpu()[ids]
+        encoder, _ = model.in_use
+        codes = encoder.quantizer.indices(encoder.objects(self.objects)).cpu()[ids]
         size = getattr(model.encoder.quantizer, "size", lejepa.CODE_SIZE)
         figures |= code_statistics(codes.numpy(), size, ids.numpy())
         for position, column in enumerate(codes.T):

@@ -461,7 +461,7 @@ def test_a_code_holds_the_shape_of_an_object_its_box_the_place_and_z_the_colour_
     assert torch.equal(codes[1], codes2[1])
     assert boxes[1].tolist() == [2, 1, 3, 3] and boxes2[1].tolist() == [5, 4, 3, 3]
     assert torch.equal(codes, codes3) and torch.equal(boxes, boxes3)
-    assert len(model.code_indices(pack_grids([here, red]))) == 2   # one whole grid and one object
+    assert len(model.encoder.objects(pack_grids([here, red]))) == 2    # one whole grid and one object
     swapped = np.where(here == 3, 0, 3).astype(np.int8)            # the same shape in the background's colour
     swapped[here == 3] = 0
     z = model.embed([here, there, red, swapped])
