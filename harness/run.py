@@ -402,6 +402,8 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = lejepa.make_optimizers(model, cfg)
+    if cfg.device == "cpu" and distributed.ranks() == 1:
+        profiling.check_memory(model, data, cfg)
     digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)
     start, state = 0, {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0, "tasks_sha256": digest}
     if cfg.resume:
