@@ -41,7 +41,7 @@ styled = matplotlib.rc_context({  # a decorator: the settings hold while the dec
     "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False, "xtick.color": LINE,
     "ytick.color": LINE, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "lines.linewidth": 1.4,
     "lines.markersize": 4, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "legend.frameon": False,
-    "legend.fontsize": 7.5, "figure.constrained_layout.use": True})
+    "legend.fontsize": 7.5, "axes.formatter.min_exponent": 3, "figure.constrained_layout.use": True})
 
 def number(value) -> float | None:
     """The value where it is a finite number, else None."""

@@ -42,7 +42,6 @@ def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
         say(f"not checked whether the tasks are unseen: {error}")
         return tasks, None
 
-
 def count_shared(tasks: dict, trained: dict | None) -> int | None:
     """How many tasks share a pair with a training task; None where these are not known."""
     return None if trained is None else len(arc_data.without_leaks(tasks, trained)[1])
@@ -132,7 +131,7 @@ def evaluate_run(args):
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
              "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
-             "steps": result.get("steps"), "minutes": seconds and round(seconds / 60, 1),
+             "steps": result.get("steps"), "minutes": seconds and f"{seconds / 60:.1f}",
              "device": result.get("device"), "commit": config.get("commit")}
     criteria = report.criteria(log, result, cfg.lam, done)
     record = {name: {"met": met, "figure": text} for name, met, text in criteria}
