@@ -111,7 +111,6 @@ def largest_share(log: list[dict], lam: float) -> float | None:
     rows = np.array([row for row in rows if None not in row and row[3]]).reshape(-1, 4)
     return float(((1 - lam, lam, lam) * rows[:, :3] / rows[:, 3:]).mean(0).max()) if len(rows) else None
 
-
 # ------------------------------------------------------------------------------------------------ sections
 def data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()

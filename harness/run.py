@@ -366,17 +366,11 @@ class FollowerLog(RunLog):
             raise SystemExit(1)                        # the first rank says why
         return {}
 
-    def evaluate(self, step: int) -> dict:
-        return {}
-
-    def write(self, step: int, values: dict, figures: dict):
-        pass
-
     def save(self, step: int):
         self.saved = step
 
-    def close(self):
-        pass
+    evaluate = lambda self, step: {}
+    write = close = lambda self, *_: None
 
 def result_figures(done: evaluation.Evaluation) -> dict:
     """What result.json takes from an evaluation, flat."""
@@ -424,10 +418,12 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     return data, trained, optimizers, log, start
 
 def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
-    cut = data.table.tokens.cut
+    cut, every = data.table.tokens.cut, [*tasks.values(), *held_out.values()]
+    missing = sum(output is None for task in every for _, output in task.test)
     return (f"run folder: {cfg.run}\n{len(tasks)} training tasks, {data.windows} windows; {len(leaks)} tasks "
             f"left out, because they share a pair with a validation task; {len(held_out)} validation tasks\n"
-            f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects")
+            f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects"
+            + f"; {missing} test pairs have no output and are not used" * bool(missing))
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""

@@ -138,6 +138,15 @@ def test_training_tasks_are_evaluated_though_the_first_hundred_have_one_pair_eac
 
 # ---------------------------------------------------------------------------------------------------- data
 
+def test_test_pairs_without_an_output_are_counted_in_a_line():
+    tasks = synthetic_tasks(4, tasks=6)
+    data, cfg = arc_data.TaskSet(tasks), lejepa.Config(run="x")
+    assert "no output" not in harness.run.describe_data(cfg, tasks, tasks, [], data)
+    hidden = {name: task._replace(test=[(task.test[0][0], None)]) for name, task in tasks.items()}
+    said = harness.run.describe_data(cfg, tasks, hidden, [], data)
+    assert "; 6 test pairs have no output and are not used" in said
+
+
 MALFORMED = '{"train": [{"input": [[1]], "output": [[1, 2], [3]]}], "test": []}'
 
 
