@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
     The parts are compiled one by one, so that a profile still tells them apart. One loss and its gradient are
     computed here, so that a missing compiler or a broken cache shows now; the weights stay as they are.
     """
+    warnings.filterwarnings("ignore", "Error detected in")     # what torch says when Ctrl-C ends a backward
     print("compiling the model: this takes minutes the first time; Ctrl-C ends it", flush=True)
     model = getattr(trained, "module", trained)        # of several processes
     parts = ((model.encoder.objects, "forward"), (model.encoder, "encode_symbols"),

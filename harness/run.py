@@ -175,12 +175,12 @@ class RunLog:
 
     A step's terms belong to the trained weights; figures on tasks, and validation_loss, to the averaged ones.
     """
+    signal, received, alerted, trained = 0, 0, False, False
 
     def __init__(self, cfg: Config, model, optimizers, tasks, held_out, start: int, state: dict, begin):
         from torch.utils.tensorboard import SummaryWriter      # slow to import, and only a run needs it
         self.cfg, self.folder, self.model, self.optimizers = cfg, Path(cfg.run), model, optimizers
         self.start, self.saved, self.begin = start, start, begin
-        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.held_out, self.unseen = held_out, make_windows(held_out)
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
@@ -354,7 +354,6 @@ class FollowerLog(RunLog):
 
     def __init__(self, cfg: Config, start: int):
         self.cfg, self.saved = cfg, start
-        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.first_bad = torch.zeros(1, device=cfg.device)
 
     def count(self, step: int, metrics: dict, batch):
@@ -468,12 +467,10 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
 
 def keep_large_blocks():
     """Makes glibc keep freed blocks, which the kernel would zero again at every step. No effect elsewhere."""
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
-    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take at most 32 MB
+        mallopt(-1, 1 << 30)                           # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)   # M_MMAP_THRESHOLD; older versions take at most 32 MB
 
 def quiet_disk_errors(failed):
     """Hides the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -357,6 +358,20 @@ def test_ctrl_c_while_compiling_leaves_with_130_and_the_folder_can_be_used_again
     said = go(tmp_path / "run", "--compile", status=130, changes=changes)
     assert said.count("\n") == 1 and said.startswith("compiling the model")
     go(tmp_path / "run", status=130, changes=[partial(at, 0, stop)])
+
+
+def test_ctrl_c_in_a_gradient_that_compiles_prints_no_warning_of_torch(monkeypatch):
+    def interrupted(*_):
+        warnings.warn("Error detected in SliceBackward0. Traceback of forward call that caused the error:")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "try_loss", interrupted)
+    cfg = lejepa.resolve_defaults(lejepa.Config(size="small", device="cpu"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            profiling.compile_parts(lejepa.build(cfg), None, cfg)
+    assert not [one for one in seen if "Error detected" in str(one.message)]
 
 
 def no_compiler(folder):
