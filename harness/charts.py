@@ -137,6 +137,7 @@ def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float 
     if baseline is not None:
         axis.axhline(baseline, color=MUTED, linestyle=":", label=f"best baseline, {keys[0]}")
     axis.set_xlabel("step")
+    axis.locator_params("x", integer=True)
     entries = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # one for each name
     legend = axis.legend(entries.values(), entries)
     if len(runs) > 1:  # colours name the runs, so the legend shows line styles alone

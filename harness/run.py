@@ -99,9 +99,8 @@ def commit() -> str:
         return ""
 
 def describe_device(device: str) -> str:
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return name if distributed.ranks() == 1 else f"{distributed.ranks()} processes, each on: {name}"
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
@@ -137,6 +136,8 @@ def make_default_folder(cfg: Config) -> str:
 
 def refuse_used(cfg: Config, folder: Path):
     """ValueError for a folder that this run cannot use, as it is or without --resume."""
+    links = arc_data.printable(", ".join(path.name for path in folder.iterdir() if path.is_symlink()))
+    need(not links, f"--run {cfg.run} holds links ({links}), and a run writes through none; put copies there")
     unused, can_resume = is_unused(folder), any(folder.glob("*.safetensors"))
     need(not (cfg.resume and unused),
          f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
@@ -146,11 +147,10 @@ def refuse_used(cfg: Config, folder: Path):
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds what a run leaves that ended before its first checkpoint."""
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".part")}
-    curves = {name for name in names if name.startswith("events.out.tfevents")}
-    log = folder / "log.jsonl"
-    if log.is_file() and not log.stat().st_size:
-        curves.add("log.jsonl")
-    return not names or ("lock" in names and names <= curves | {"lock", "config.json"})
+    log, early = folder / "log.jsonl", {"lock", "config.json"}
+    early |= {name for name in names if name.startswith("events.out.tfevents")}
+    early |= {log.name} if log.is_file() and not log.stat().st_size else set()
+    return not names or ("lock" in names and names <= early)
 
 def write_config(cfg: Config, compiled: bool):
     """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""

@@ -436,6 +436,12 @@ def test_a_logarithmic_axis_of_less_than_a_decade_has_plain_numbers():
     assert len(shown) > 2 and all(re.fullmatch(r"\$\\mathdefault\{[\d.]+\}\$", text) for text in shown), shown
 
 
+def test_steps_have_no_decimals(drawn):
+    two = [row | {"step": step} for row, step in zip(make_log(2), (30, 31))]
+    for figure in charts.plot_training({"": two}):
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
 def test_a_log_with_missing_and_malformed_values_is_drawn_without_them():
     log = [
         {"step": 1},

@@ -165,6 +165,18 @@ def test_missing_or_malformed_data_gets_one_line_and_leaves_no_folder(
         assert not run.exists()                        # so that the corrected command may name it
 
 
+def test_a_folder_with_a_link_is_refused_and_its_target_stays(capsys, monkeypatch, tmp_path, task_folder):
+    (tmp_path / "victim").write_text("kept")
+    for name in ("lock", "result.json"):
+        run = tmp_path / f"run-{name}"
+        run.mkdir()
+        (run / "last.safetensors").touch()
+        (run / name).symlink_to(tmp_path / "victim")
+        assert f"holds links ({name})" in refused(capsys, monkeypatch, "--data", task_folder, "--run", run,
+                                                  "--resume", "--device", "cpu")
+        assert (tmp_path / "victim").read_text() == "kept"
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("program", ["lejepa.py", "eval.py"])
 def test_a_refusal_is_one_line_and_status_2_at_the_shell_too(tmp_path, program):
