@@ -479,3 +479,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"arc_data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -642,7 +642,7 @@ def load_run(path) -> tuple[LeJEPA, Config]:
             if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
                 raise ValueError(f"{name} is not {value.dtype} {tuple(value.shape)}")
             value.copy_(tensors[name])
-    except (ImportError, TypeError, KeyError, ValueError) as error:
+    except (ImportError, TypeError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: of another version of lejepa.py: {error}") from None
     return model.eval().requires_grad_(False), cfg
 

@@ -41,7 +41,7 @@ styled = matplotlib.rc_context({  # a decorator: the settings hold while the dec
     "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False, "xtick.color": LINE,
     "ytick.color": LINE, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "lines.linewidth": 1.4,
     "lines.markersize": 4, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "legend.frameon": False,
-    "legend.fontsize": 7.5, "figure.constrained_layout.use": True})
+    "legend.fontsize": 7.5, "axes.formatter.min_exponent": 3, "figure.constrained_layout.use": True})
 
 def number(value) -> float | None:
     """The value where it is a finite number, else None."""
@@ -137,6 +137,7 @@ def draw_curves(axis, runs: dict[str, list[dict]], keys: tuple, baseline: float 
     if baseline is not None:
         axis.axhline(baseline, color=MUTED, linestyle=":", label=f"best baseline, {keys[0]}")
     axis.set_xlabel("step")
+    axis.locator_params("x", integer=True)
     entries = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # one for each name
     legend = axis.legend(entries.values(), entries)
     if len(runs) > 1:  # colours name the runs, so the legend shows line styles alone

@@ -66,8 +66,9 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. ValueError of one line for anything else."""
+    content = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
     need(isinstance(value, dict), f"{path}: needs a JSON object, not a {type(value).__name__}")
@@ -191,22 +192,18 @@ def check_flags(cfg: Config, found: dict):
 
 def say_changes(cfg: Config, found: dict, commit: str):
     """Prints what may change from here on: steps, threads, commit."""
-    made, threads, now = found["config"]["steps"], found["state"]["threads"], torch.get_num_threads()
-    written, lines = found["commit"] or "unknown", []
-    if made != cfg.steps:
-        step = found["step"]
-        lines.append(f"--steps {cfg.steps}: the run was made with {made}; it continues from step {step}")
-    if threads != now:
-        lines.append(f"the checkpoint was written with {threads} threads, this run has {now}: from here on "
-                     "it no longer equals an uninterrupted run bit for bit")
-    ranks = found["state"].get("ranks", 1)
-    if ranks != distributed.ranks():
-        lines.append(f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: "
-                     "from here on it equals an uninterrupted run up to rounding and dropout")
-    if written != (commit or "unknown"):
-        lines.append(f"the checkpoint was written by commit {written}, this is {commit or 'unknown'}: "
-                     "where they differ, the run no longer equals an uninterrupted one")
-    for line in lines:
+    made, threads, ranks = found["config"]["steps"], found["state"]["threads"], found["state"].get("ranks", 1)
+    written, here, now = found["commit"] or "unknown", commit or "unknown", torch.get_num_threads()
+    lines = {f"--steps {cfg.steps}: the run was made with {made}; it continues from step {found['step']}":
+                 made != cfg.steps,
+             f"the checkpoint was written with {threads} threads, this run has {now}: from here on it no "
+             "longer equals an uninterrupted run bit for bit": threads != now,
+             f"the checkpoint was written by {ranks} processes, this run has {distributed.ranks()}: "
+             "from here on it equals an uninterrupted run up to rounding and dropout":
+                 ranks != distributed.ranks(),
+             f"the checkpoint was written by commit {written}, this is {here}: where they differ, the run no "
+             "longer equals an uninterrupted one": written != here}
+    for line in (line for line, has_changed in lines.items() if has_changed):
         print(line, file=sys.stderr)
 # ----------------------------------------------------------------------------------------------- a release
 def release(run: Path, folder: Path):

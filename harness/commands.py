@@ -22,7 +22,7 @@ from arc_data import need
 from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
 from harness.health import add_health, object_ids
-from harness.run import Parser
+from harness.run import Parser, is_out_of_memory
 
 RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics, and their names in eval.py
 RANKED_BASELINES = {"copy in2": ("raw",), "analogy": ("raw", "31 features", "raw + 31 features")}
@@ -32,6 +32,8 @@ def say(line: str):
 
 def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
     """The tasks of --data, and those that the run was trained on (None: they cannot be read)."""
+    need(isinstance(cfg.data, str) and report.number(cfg.lam) is not None,
+         "the checkpoint's --data is no text, or its --lam no number: it is not one of lejepa.py")
     if source == "dev":
         trained, tasks, _ = arc_data.split(cfg.data, cfg.validate)
         return tasks, trained
@@ -41,7 +43,6 @@ def read_tasks(cfg, source: str) -> tuple[dict, dict | None]:
     except (ValueError, OSError) as error:
         say(f"not checked whether the tasks are unseen: {error}")
         return tasks, None
-
 
 def count_shared(tasks: dict, trained: dict | None) -> int | None:
     """How many tasks share a pair with a training task; None where these are not known."""
@@ -74,13 +75,17 @@ def read_candidates(path: Path, tasks: dict) -> dict[str, list]:
     need(found, f"--candidates {path}: no task; needs {{task id: [[grid, ...] a test input]}}")
     return found
 
-def check_writable(path: Path, is_file: bool = False):
-    """ValueError before any work where `path`, a folder or file that may not exist yet, cannot be written."""
-    need(not is_file or path.absolute().parent.is_dir(), f"{path}: there is no such folder")
+def check_writable(path: Path, *names: str):
+    """ValueError before any work where the file `path`, or the files `names` of the folder `path`, cannot be
+    written. The folder may not exist yet, and may come from elsewhere: no link in it is followed."""
+    need(names or path.absolute().parent.is_dir(), f"{path}: there is no such folder")
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     need(os.access(place, os.W_OK), f"{path}: cannot be written; give another --out")
+    for file in (path / name for name in names):
+        need(not file.is_symlink() and file.is_file() == file.exists(),
+             f"{file}: not a regular file; remove it, or give another --out")
 
 def choose_folder(run: Path, source: str) -> Path:
     """RUN, if it holds no evaluation of other data; else a folder in it that is named after the data."""
@@ -112,7 +117,7 @@ def evaluate_run(args):
          f"--data {args.data}: no task has two pairs with outputs")
     labels = read_labels(args.labels, tasks) if args.labels else None
     out = args.out or choose_folder(args.run, args.data)
-    check_writable(out)
+    check_writable(out, "eval.json", "health.json", "report.html")
     log = checkpoint.read_log(args.run)
     result, config = (checkpoint.read_json(path) if path.exists() else {}
                       for path in (args.run / "result.json", args.run / "config.json"))
@@ -132,7 +137,7 @@ def evaluate_run(args):
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
              "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
-             "steps": result.get("steps"), "minutes": seconds and round(seconds / 60, 1),
+             "steps": result.get("steps"), "minutes": seconds and f"{seconds / 60:.1f}",
              "device": result.get("device"), "commit": config.get("commit")}
     criteria = report.criteria(log, result, cfg.lam, done)
     record = {name: {"met": met, "figure": text} for name, met, text in criteria}
@@ -158,7 +163,7 @@ def describe_data(done: evaluation.Evaluation, source: str, tasks: dict, shared:
 # -------------------------------------------------------------------------------- eval.py codes
 def write_codes(args):
     """A JSON line a grid, in the format that README.md describes: its objects, the whole grid first."""
-    check_writable(args.out, is_file=True)
+    check_writable(args.out)
     model, cfg = lejepa.load_run(args.run)
     where, grids = [], []
     for task_id, task in read_tasks(cfg, args.data)[0].items():
@@ -181,7 +186,7 @@ def write_codes(args):
 def rank_candidates(args):
     """Candidate answers of test inputs, the likeliest first; how often they are right, where known."""
     for path in (args.out, *([args.submission] if args.submission else [])):
-        check_writable(path, is_file=True)
+        check_writable(path)
     model, cfg = lejepa.load_run(args.run)
     tasks, trained = read_tasks(cfg, args.data)
     candidates = read_candidates(args.candidates, tasks)
@@ -257,7 +262,7 @@ def compare_runs(args):
     names = [path.name if short else str(path) for path in args.runs]
     need(len(set(names)) == len(names), f"{' '.join(names)}: a run is named twice")
     out = args.out or args.runs[0].absolute().parent / "compare"
-    check_writable(out)
+    check_writable(out, "compare.json", "compare.html")
     loaded = {name: lejepa.load_run(path) for name, path in zip(names, args.runs)}
     logs = {name: checkpoint.read_log(path) for name, path in zip(names, args.runs)}
     tasks, _ = read_tasks(loaded[names[0]][1], args.data)
@@ -332,7 +337,9 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv if argv and argv[0] in (*COMMANDS, "-h", "--help") else ["evaluate", *argv])
     try:
         args.command(args)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not (isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)):
+            raise
         parser.error(" ".join(arc_data.printable(word) for word in str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,8 +1,10 @@
 """Where a training step's time goes: traces, shares by part, utilisation; torch.compile of a step's parts."""
 import contextlib
 import json
+import math
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from arc_data import Batch, TaskSet
+from arc_data import Batch, TaskSet, need
 from harness import charts
 from harness.checkpoint import write_file
 from lejepa import Config, batch_loss, train_step
@@ -24,6 +26,7 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
     The parts are compiled one by one, so that a profile still tells them apart. One loss and its gradient are
     computed here, so that a missing compiler or a broken cache shows now; the weights stay as they are.
     """
+    warnings.filterwarnings("ignore", "Error detected in")     # what torch says when Ctrl-C ends a backward
     print("compiling the model: this takes minutes the first time; Ctrl-C ends it", flush=True)
     model = getattr(trained, "module", trained)        # of several processes
     parts = ((model.encoder.objects, "forward"), (model.encoder, "encode_symbols"),
@@ -42,16 +45,43 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
               f"the cache {cache_dir()}", file=sys.stderr)
         return False
 
-
-def try_loss(model, data: TaskSet, cfg: Config):
-    """Computes one loss and its gradient. Weights and buffers stay as they are."""
+def try_loss(model, data: TaskSet, cfg: Config, step: int = 0, size: int | None = None):
+    """Computes one loss, of `size` windows, and its gradient. Weights and buffers stay as they are."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         model.train()
-        batch_loss(model, data.batch(cfg.batch_size, cfg.seed, 0), 0, cfg)[0].backward()
+        batch = data.batch(size or cfg.batch_size, cfg.seed, step)
+        batch_loss(model, batch, step, cfg)[0].backward()
     finally:
         model.load_state_dict(before)
         model.zero_grad(set_to_none=True)
+
+def check_memory(model, data: TaskSet, cfg: Config):
+    """ValueError where a step on the CPU needs more memory than is free, before the system kills the process.
+
+    Measured on a few windows: what is kept for the gradient grows with the batch. To this come the gradients
+    and at least one number of the optimizer for each weight.
+    """
+    sizes, kept, few = [p.numel() for p in model.parameters()], {}, min(cfg.batch_size, 48)
+
+    def keep(x):
+        if x.numel() not in sizes:                     # neither a weight nor its copy in bf16
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        try_loss(model, data, cfg, cfg.steps, few)     # a step that no run takes
+    needed, free = sum(kept.values()) * cfg.batch_size / few + 8 * sum(sizes), free_memory()
+    need(needed < free, f"--batch-size {cfg.batch_size} with --size {cfg.size}: a step needs at least "
+         f"{needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free; give a smaller batch or size")
+
+def free_memory() -> float:
+    """Bytes that a process can still get on Linux, or in a container with a limit; inf on other systems."""
+    free = [math.inf]
+    with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024 * int(lines["MemAvailable"].split()[0]))
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(free)
 
 def eager(cfg: Config):
     """Inside it nothing compiled runs: for other sizes than training has, and for counting operations."""

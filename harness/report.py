@@ -111,7 +111,6 @@ def largest_share(log: list[dict], lam: float) -> float | None:
     rows = np.array([row for row in rows if None not in row and row[3]]).reshape(-1, 4)
     return float(((1 - lam, lam, lam) * rows[:, :3] / rows[:, 3:]).mean(0).max()) if len(rows) else None
 
-
 # ------------------------------------------------------------------------------------------------ sections
 def data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
@@ -139,7 +138,6 @@ def neighbours(done, rows: int = 8, top: int = 5) -> list[dict]:
         cards.append({"title": title, "lines": [given, found]})
     return cards
 
-
 def drawn(done, decoded: dict, rows: int = 6) -> list[dict]:
     """Windows of as many tasks, with what a decoder reads from z of the answer and from z_hat."""
     cards, windows = [], done.windows
@@ -152,7 +150,6 @@ def drawn(done, decoded: dict, rows: int = 6) -> list[dict]:
                  for key, name in (("z of the answer", "from z"), ("model", "from z_hat"))]
         cards.append({"title": short(windows.task_ids[windows.task[row]], 16), "lines": [line]})
     return cards
-
 
 def symbols(codes: np.ndarray, ids: np.ndarray, tokens, examples: int = 8) -> list[dict]:
     """The most used codes (n, K) of each position and the objects that have them, the most frequent first."""
@@ -195,7 +192,7 @@ def health_sentence(done, log: list[dict]) -> str:
     state = "No health alert stands" if count >= FEW else f"On {count} windows health cannot be judged"
     if bad:
         state = f"Health needs attention ({'; '.join(dict.fromkeys(bad))})"
-    usage = [f"; {value:.0%} of the codes are in use" for _, value in points(log, "codes_usage")[-1:]]
+    usage = [f"; {100 * value:.1f} % of the codes are in use" for _, value in points(log, "codes_usage")[-1:]]
     return (f"{state}: the effective rank is {context:.1f} for the context and {target:.1f} for the target, "
             f"of {done.z.shape[1]} dimensions{''.join(usage)}.")
 
@@ -273,6 +270,8 @@ def show(value) -> str:
     """A value of a table: a dash for None, three digits of a fraction, a comma between thousands."""
     if value is None:
         return "–"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(show, value))}]"
     if isinstance(value, float):
         return f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else short(value, 200)

@@ -130,9 +130,8 @@ def commit() -> str:
         return ""
 
 def describe_device(device: str) -> str:
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return name if distributed.ranks() == 1 else f"{distributed.ranks()} processes, each on: {name}"
 
 def open_folder(cfg: Config) -> tuple[Config, filelock.FileLock]:
@@ -168,6 +167,8 @@ def make_default_folder(cfg: Config) -> str:
 
 def refuse_used(cfg: Config, folder: Path):
     """ValueError for a folder that this run cannot use, as it is or without --resume."""
+    links = arc_data.printable(", ".join(path.name for path in folder.iterdir() if path.is_symlink()))
+    need(not links, f"--run {cfg.run} holds links ({links}), and a run writes through none; put copies there")
     unused, can_resume = is_unused(folder), any(folder.glob("*.safetensors"))
     need(not (cfg.resume and unused),
          f"--resume: {cfg.run} holds no checkpoint; leave --resume out to begin a run there")
@@ -177,11 +178,10 @@ def refuse_used(cfg: Config, folder: Path):
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds what a run leaves that ended before its first checkpoint."""
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".part")}
-    curves = {name for name in names if name.startswith("events.out.tfevents")}
-    log = folder / "log.jsonl"
-    if log.is_file() and not log.stat().st_size:
-        curves.add("log.jsonl")
-    return not names or ("lock" in names and names <= curves | {"lock", "config.json"})
+    log, early = folder / "log.jsonl", {"lock", "config.json"}
+    early |= {name for name in names if name.startswith("events.out.tfevents")}
+    early |= {log.name} if log.is_file() and not log.stat().st_size else set()
+    return not names or ("lock" in names and names <= early)
 
 def write_config(cfg: Config, compiled: bool):
     """config.json: every flag, whether the model is compiled, the machine; when resumed, what may change."""
@@ -225,13 +225,13 @@ class RunLog:
 
     A step's terms belong to the trained weights; figures on tasks, and validation_loss, to the averaged ones.
     """
+    signal, received, alerted, trained = 0, 0, False, False
 
     def __init__(self, cfg: Config, model, optimizers, tasks, held_out, start: int, state: dict, begin,
                  stopping=(math.inf, 0.0)):
         from torch.utils.tensorboard import SummaryWriter      # slow to import, and only a run needs it
         self.cfg, self.folder, self.model, self.optimizers = cfg, Path(cfg.run), model, optimizers
         self.start, self.saved, self.begin = start, start, begin
-        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.held_out, self.unseen = held_out, make_windows(held_out)
         complete = [item for item in tasks.items() if len(arc_data.pairs_of(item[1])) > 1]
         self.seen = make_windows(dict(complete[:TRAINING_TASKS]))
@@ -412,7 +412,6 @@ class FollowerLog(RunLog):
 
     def __init__(self, cfg: Config, start: int):
         self.cfg, self.saved = cfg, start
-        self.signal, self.received, self.alerted, self.trained = 0, 0, False, False
         self.first_bad = torch.zeros(1, device=cfg.device)
 
     def count(self, step: int, metrics: dict, batch):
@@ -424,17 +423,11 @@ class FollowerLog(RunLog):
             raise SystemExit(1)                        # the first rank says why
         return {}
 
-    def evaluate(self, step: int) -> dict:
-        return {}
-
-    def write(self, step: int, values: dict, figures: dict):
-        pass
-
     def save(self, step: int):
         self.saved = step
 
-    def close(self):
-        pass
+    evaluate = lambda self, step: {}
+    write = close = lambda self, *_: None
 
 def result_figures(done: evaluation.Evaluation) -> dict:
     """What result.json takes from an evaluation, flat."""
@@ -464,6 +457,8 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = make_optimizers(model, cfg)
+    if cfg.device == "cpu" and distributed.ranks() == 1:
+        profiling.check_memory(model, data, cfg)
     digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)
     start, state = 0, {"seconds": 0.0, "grad_sum": 0.0, "grad_max": 0.0, "windows": 0, "tasks_sha256": digest}
     if cfg.resume:
@@ -484,10 +479,12 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     return data, trained, optimizers, log, start
 
 def describe_data(cfg: Config, tasks: dict, held_out: dict, leaks: list, data: TaskSet) -> str:
-    cut = data.table.tokens.cut
+    cut, every = data.table.tokens.cut, [*tasks.values(), *held_out.values()]
+    missing = sum(output is None for task in every for _, output in task.test)
     return (f"run folder: {cfg.run}\n{len(tasks)} training tasks, {data.windows} windows; {len(leaks)} tasks "
             f"left out, because they share a pair with a validation task; {len(held_out)} validation tasks\n"
-            f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects")
+            f"{(cut > 0).sum()} of {len(cut)} training grids cut at {arc_data.OBJECTS} objects"
+            + f"; {missing} test pairs have no output and are not used" * bool(missing))
 
 def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) -> int:
     """Trains, evaluates and records. Returns the exit status."""
@@ -532,12 +529,10 @@ def run(cfg: Config, data: TaskSet, model, optimizers, log: RunLog, start: int) 
 
 def keep_large_blocks():
     """Makes glibc keep freed blocks, which the kernel would zero again at every step. No effect elsewhere."""
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-1, 1 << 30)                               # M_TRIM_THRESHOLD
-    mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)       # M_MMAP_THRESHOLD; older versions take at most 32 MB
+        mallopt(-1, 1 << 30)                           # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)   # M_MMAP_THRESHOLD; older versions take at most 32 MB
 
 def quiet_disk_errors(failed):
     """Hides the traceback of TensorBoard's thread on a full disk; the main thread reports it in one line."""

@@ -1,4 +1,5 @@
 """Claims of the commands of eval.py: what they write, where, and what bad input gets. The model is a toy."""
+import dataclasses
 import json
 import os
 import re
@@ -154,6 +155,34 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(run, capsys,
     assert "cannot be written" in refused(capsys, "run", "--data", "tasks", "--out", "out/deep")
     assert "cannot be written" in refused(capsys, "codes", "run", "--data", "tasks", "--out", "codes.jsonl")
     assert not (run / "out").exists()
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("victim"), os.mkfifo])
+def test_a_link_or_a_pipe_in_place_of_a_record_is_refused_and_never_followed(run, capsys, monkeypatch, plant):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("computed"))
+    plant(run / "run" / "report.html")
+    assert "report.html: not a regular file; remove it" in refused(capsys, "run", "--data", "tasks")
+    (run / "compare").mkdir()
+    plant(run / "compare" / "compare.json")
+    assert "compare.json: not a regular" in refused(capsys, "compare", "run", "other", "--data", "tasks")
+    assert not (run / "run" / "victim").exists() and not (run / "compare" / "victim").exists()
+
+
+@pytest.mark.parametrize("settings", [{"data": 5}, {"data": None}, {"lam": "x"}, {"lam": float("nan")}])
+def test_settings_that_are_none_of_this_program_get_one_line(run, capsys, monkeypatch, settings):
+    model, cfg = lejepa.load_run(run / "run")
+    changed = model, dataclasses.replace(cfg, **settings)
+    monkeypatch.setattr(lejepa, "load_run", lambda _: changed)
+    assert "not one of lejepa.py" in refused(capsys, "run", "--data", "tasks")
+
+
+NO_MEMORY = [MemoryError("Unable to allocate 2 GiB"), RuntimeError("can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_out_of_memory_is_one_line(run, capsys, monkeypatch, error):
+    monkeypatch.setattr(commands, "read_tasks", lambda *_: (_ for _ in ()).throw(error))
+    assert "allocate" in refused(capsys, "run", "--data", "tasks")
 
 
 # -------------------------------------------------------------------------------- eval.py codes

@@ -1,5 +1,6 @@
 """Interrupted at any moment, out of disk or memory: a run loses nothing, and one line names what happened."""
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import stat
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from forked import (STEPS, assert_same_bits, at, at_the_folder, fork, go, in_bui
 import eval as evaluation
 import harness.run
 import lejepa
-from arc_data import TaskSet
-from harness import checkpoint, report
+from arc_data import TaskSet, load_tasks
+from harness import checkpoint, profiling, report
 
 METHODS = [(code, objective) for code in ("gaussian", "ema", "none") for objective in ("lejepa", "infonce")]
 
@@ -282,11 +284,53 @@ def test_out_of_memory_is_one_line_with_a_way_out(go, tmp_path, where, error):
     assert last_line(said).startswith("lejepa.py: out of memory (") and "--batch-size" in last_line(said)
 
 
+def memory_without_end():
+    profiling.free_memory = lambda: math.inf
+
+
 @pytest.mark.whole
 def test_a_batch_that_does_not_fit_into_the_memory_is_one_line(go, tmp_path):
-    changes = [partial(at, 0, partial(limit_memory, 100 << 20))]
+    changes = [memory_without_end, partial(at, 0, partial(limit_memory, 100 << 20))]
     said = go(tmp_path / "run", "--batch-size", 1_000_000, status=1, changes=changes)
     assert last_line(said).startswith("lejepa.py: out of memory (") and "--batch-size" in last_line(said)
+
+
+@pytest.mark.whole
+def test_a_batch_that_cannot_fit_into_the_free_memory_is_refused_before_the_first_step(go, tmp_path):
+    changes = [partial(limit_memory, 2 << 30)]         # without the refusal it would take much
+    said = go(tmp_path / "run", "--batch-size", 10**10, status=2, changes=changes)
+    assert said.count("\n") == 1 and "--batch-size 10000000000 with --size small: a step needs" in said
+
+
+def test_the_memory_that_a_step_is_said_to_need_is_what_its_graph_keeps(monkeypatch, task_folder):
+    """In fp32, where no copy of a weight is kept. The check measures 48 of the 480 windows."""
+    cfg = lejepa.Config(size="small", device="cpu", dtype="fp32", steps=1, batch_size=480)
+    data, model = TaskSet(load_tasks(str(task_folder))), lejepa.build(cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(profiling, "free_memory", lambda: 0)
+    with pytest.raises(ValueError, match="--batch-size 480") as error:
+        profiling.check_memory(model, data, cfg)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(x):
+        kept[x.data_ptr()] = 0 if x.data_ptr() in weights else x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = lejepa.batch_loss(model.train(), data.batch(480, 0, 0), 0, cfg)[0]
+    needed = sum(kept.values()) + 2 * sum(4 * p.numel() for p in model.parameters())
+    said = 1e9 * float(re.search(r"at least (\S+) GB", str(error.value))[1])
+    assert loss.isfinite() and said == pytest.approx(needed, rel=0.2)
+
+
+def test_free_memory_is_that_of_the_system_or_of_the_container(monkeypatch):
+    limits = {"/proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:  4000 kB\n",
+              "/sys/fs/cgroup/memory.max": "max\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: limits[str(path)])
+    assert profiling.free_memory() == 4_096_000
+    limits["/sys/fs/cgroup/memory.max"] = "1000\n"
+    assert profiling.free_memory() == 1000
 
 
 def broken_compiler(action):
@@ -314,6 +358,20 @@ def test_ctrl_c_while_compiling_leaves_with_130_and_the_folder_can_be_used_again
     said = go(tmp_path / "run", "--compile", status=130, changes=changes)
     assert said.count("\n") == 1 and said.startswith("compiling the model")
     go(tmp_path / "run", status=130, changes=[partial(at, 0, stop)])
+
+
+def test_ctrl_c_in_a_gradient_that_compiles_prints_no_warning_of_torch(monkeypatch):
+    def interrupted(*_):
+        warnings.warn("Error detected in SliceBackward0. Traceback of forward call that caused the error:")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "try_loss", interrupted)
+    cfg = lejepa.resolve_defaults(lejepa.Config(size="small", device="cpu"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            profiling.compile_parts(lejepa.build(cfg), None, cfg)
+    assert not [one for one in seen if "Error detected" in str(one.message)]
 
 
 def no_compiler(folder):

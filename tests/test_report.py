@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 import arc_data
 import eval as evaluation
-from harness import charts, health, report
+from harness import charts, decoder, health, report
 
 NASTY = '<script>alert("x")</script>$\\frac{_'
 LEAD = {metric: (0.01, -0.02, 0.04) for metric in evaluation.COMPARED}
@@ -220,6 +220,23 @@ def test_the_verdict_on_the_best_baseline_follows_the_paired_interval(interval, 
     assert sentence.startswith(f"The model {verdict} the best baseline (analogy, raw)")
 
 
+def test_every_metric_and_every_row_of_the_tables_is_explained(path):
+    text = re.sub(r"\s+", " ", path.read_text())
+    terms = re.search(r'<dl class="terms">(.*?)</dl>', text)[1]
+    names = [*evaluation.METRICS, *decoder.METRICS]
+    named = [name for name in names if name.removesuffix("_r1") not in terms]
+    assert not named
+    rows = [*evaluation.QUERIES, "raw", "31 features", "colour histogram", "bag of codes", "codes with boxes",
+            "untrained", "trained", "pooled", "chance", "majority", "z of the answer", "copy of in2"]
+    assert not [row for row in rows if row not in terms]
+
+
+def test_figures_are_rounded_for_the_eye_and_never_up_to_all(done):
+    assert report.show((1.31047605, 1.7387)) == "[1.310, 1.739]" and report.show(None) == "–"
+    log = [row | {"codes_usage": 0.9987} for row in make_log()]
+    assert "99.9 % of the codes are in use" in report.health_sentence(done, log)
+
+
 @pytest.mark.parametrize(
     "shared, said",
     [
@@ -406,6 +423,23 @@ def test_training_shows_the_baseline_the_ceiling_and_a_marker_for_a_single_evalu
     assert codes == ["codes_usage", "codes_perplexity", "codes_ceiling"]
     several = charts.plot_training({"": make_log()})[0].axes[0]
     assert several.lines[0].get_marker() == "" and len(several.lines) == 2  # no baseline is known
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_has_plain_numbers():
+    @charts.styled
+    def labels():
+        figure = charts.plot_training({"": make_log(3)})[2]  # validation_loss: 3, 1.5 and 1
+        figure.draw_without_rendering()
+        return [label.get_text() for label in figure.axes[0].get_yticklabels(which="both")]
+
+    shown = [text for text in labels() if text]
+    assert len(shown) > 2 and all(re.fullmatch(r"\$\\mathdefault\{[\d.]+\}\$", text) for text in shown), shown
+
+
+def test_steps_have_no_decimals(drawn):
+    two = [row | {"step": step} for row, step in zip(make_log(2), (30, 31))]
+    for figure in charts.plot_training({"": two}):
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
 
 
 def test_a_log_with_missing_and_malformed_values_is_drawn_without_them():

@@ -138,6 +138,15 @@ def test_training_tasks_are_evaluated_though_the_first_hundred_have_one_pair_eac
 
 # ---------------------------------------------------------------------------------------------------- data
 
+def test_test_pairs_without_an_output_are_counted_in_a_line():
+    tasks = synthetic_tasks(4, tasks=6)
+    data, cfg = arc_data.TaskSet(tasks), lejepa.Config(run="x")
+    assert "no output" not in harness.run.describe_data(cfg, tasks, tasks, [], data)
+    hidden = {name: task._replace(test=[(task.test[0][0], None)]) for name, task in tasks.items()}
+    said = harness.run.describe_data(cfg, tasks, hidden, [], data)
+    assert "; 6 test pairs have no output and are not used" in said
+
+
 MALFORMED = '{"train": [{"input": [[1]], "output": [[1, 2], [3]]}], "test": []}'
 
 
@@ -154,6 +163,18 @@ def test_missing_or_malformed_data_gets_one_line_and_leaves_no_folder(
         error = refused(capsys, monkeypatch, *flags, "--run", run)
         assert all(word in error for word in words), error
         assert not run.exists()                        # so that the corrected command may name it
+
+
+def test_a_folder_with_a_link_is_refused_and_its_target_stays(capsys, monkeypatch, tmp_path, task_folder):
+    (tmp_path / "victim").write_text("kept")
+    for name in ("lock", "result.json"):
+        run = tmp_path / f"run-{name}"
+        run.mkdir()
+        (run / "last.safetensors").touch()
+        (run / name).symlink_to(tmp_path / "victim")
+        assert f"holds links ({name})" in refused(capsys, monkeypatch, "--data", task_folder, "--run", run,
+                                                  "--resume", "--device", "cpu")
+        assert (tmp_path / "victim").read_text() == "kept"
 
 
 @pytest.mark.whole
