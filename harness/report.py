@@ -31,9 +31,11 @@ STALL = 10  # evaluations
 ALERTS = {  # why the recorded runs should have been stopped: figure, are its values bad, the worst of them
     "code usage below 8 % at three evaluations in a row":
         ("codes_usage", lambda v: len(v) > 2 and max(v[-3:]) < 0.08, min),
+    "code usage below 15 %": ("codes_usage", lambda v: v[-1] < 0.15, min),
     "code usage below 5 %": ("codes_usage", lambda v: v[-1] < 0.05, min),
     "effective rank of the context below 3": ("effective_rank_context", lambda v: v[-1] < 3, min),
     "effective rank of the target below 5": ("effective_rank_target", lambda v: v[-1] < 5, min),
+    "isotropy of the target below 1e-5": ("isotropy", lambda v: v[-1] < 1e-5, min),
     "gradient norm above 30 at five logged steps in a row, the first ten left out":
         ("grad_norm", lambda v: len(v) > 14 and min(v[-5:]) > 30, max),
     "validation loss above twice that of the evaluation before":

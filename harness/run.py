@@ -31,7 +31,7 @@ import lejepa
 from arc_data import TaskSet, TokenTable, make_windows, need
 from harness import charts, checkpoint, distributed, profiling, report
 from harness.checkpoint import write_file
-from harness.health import add_health, code_statistics, effective_rank
+from harness.health import add_health, code_statistics, effective_rank, embedding_health
 from lejepa import Config
 
 LOG_EVERY = 10                                 # steps between two log lines
@@ -403,9 +403,11 @@ def evaluate_sample(model, windows, pool: torch.Tensor, limit: int = 1024, seed:
     values = evaluation.rank(space.by_embedding(every), queries)
     result = {name: float(values[name].mean()) for name in SAMPLED}
     target = pool[np.searchsorted(windows.outputs, windows.index[rows, 3])]
+    health = embedding_health(target)
     return result | {"prediction": float((z_hat - target).square().mean()),
                      "effective_rank_context": effective_rank(z_hat),
-                     "effective_rank_target": effective_rank(target)}
+                     "effective_rank_target": health["effective_rank"]} | {
+                     name: health[name] for name in ("variance", "isotropy", "gaussian_score")}
 
 class FollowerLog(RunLog):
     """The log of a rank other than the first, which ends with the others and writes nothing."""
