@@ -27,9 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import solve
 from scipy.optimize import minimize_scalar
-from scipy.stats import mode
-from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -47,7 +46,8 @@ PAIRWISE = ("task_1nn", "probe_linear", "probe_knn", "probe_vote")
 METRICS = (*RETRIEVAL, *DEMONSTRATIONS, *HARD, *PAIRWISE)  # of eval.json
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task", "all_demonstrations")  # those of the model's lead
 QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}  # weights of in, out, given
-CHUNK = 1024   # queries ranked at once: CHUNK x P scores in memory
+CHUNK = 256    # queries ranked at once: CHUNK x P scores in memory
+SAMPLE = 1024  # windows that a temperature is fitted to, about
 TIE = 1e-5     # scores nearer than this are equal; rounding in fp32 stays ten times below it
 # ------------------------------------------------------------------------------------------------- 1 ranks
 class Queries(NamedTuple):
@@ -133,11 +133,11 @@ def rank_metrics(margin: Tensor, tie: Tensor | float) -> dict[str, Tensor]:
     return {name: (total[above + tied] - total[above]) / tied for name, total in sums.items()}
 
 def best_temperature(score: Callable, windows: Windows) -> float:
-    """The t of the least cross-entropy of the targets under softmax(scores / t), on about CHUNK windows."""
-    every = math.ceil(len(windows.task) / CHUNK)
-    sample, = window_queries(windows, torch.arange(0, len(windows.task), every))
-    scores, _ = score(sample)
-    margin = scores - scores.gather(1, sample.target[:, None])
+    """The t of the least cross-entropy of the targets under softmax(scores / t), on about SAMPLE windows."""
+    every = math.ceil(len(windows.task) / SAMPLE)
+    samples = window_queries(windows, torch.arange(0, len(windows.task), every))
+    scores, target = torch.cat([score(q)[0] for q in samples]), torch.cat([q.target for q in samples])
+    margin = scores - scores.gather(1, target[:, None])
     unit = float(margin.abs().mean().clamp_min(1e-12))
     nats = lambda log_t: float(torch.logsumexp(margin / (unit * math.exp(log_t)), 1).mean())
     found = minimize_scalar(nats, bounds=(-10, 5), method="bounded", options={"xatol": 0.01})
@@ -358,27 +358,32 @@ def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     found = torch.cat(found).double().numpy()
     return found[~np.isnan(found)], pairs.task[~np.isnan(found)]
 
-def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> np.ndarray:
-    """Classes (n', L) of `asked` (n', d) by ridge regression from standardised f (n, d) to classes y (n, L).
+def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray) -> list[np.ndarray]:
+    """Classes (n', L) of `asked` (n', d) by ridge regression from f (n, d) to classes y (n, L), by strength.
 
-    A score's threshold lies halfway between the mean training scores of a class and of the others, so that
-    rare classes count as much as common ones.
+    Features are standardised. A score's threshold lies halfway between the mean training scores of a class
+    and of the others, so that rare classes count as much as common ones.
     """
     hot = (y[:, :, None] == np.arange(y.max() + 1)).astype(float)  # (n, L, C)
-    probe = make_pipeline(StandardScaler(), Ridge(strength * len(f))).fit(f, hot.reshape(len(f), -1))
-    trained, scores = (probe.predict(x).reshape(len(x), *hot.shape[1:]) for x in (f, asked))
-    members = hot.sum(0)  # (L, C)
-    inside = (trained * hot).sum(0) / np.maximum(members, 1)
-    outside = (trained * (1 - hot)).sum(0) / np.maximum(len(f) - members, 1)
-    scores = (scores - (inside + outside) / 2) / np.maximum(inside - outside, 1e-12)
-    return np.where(members > 0, scores, -np.inf).argmax(2)
+    members, found = hot.sum(0), []  # (L, C)
+    scaler = StandardScaler().fit(f)
+    f, asked = scaler.transform(f), scaler.transform(asked)
+    product, wanted = f.T @ f, f.T @ hot.reshape(len(f), -1)  # the same for all strengths
+    for strength in STRENGTHS:
+        weights = solve(product + strength * len(f) * np.eye(f.shape[1]), wanted, assume_a="pos")
+        trained, scores = ((x @ weights).reshape(len(x), *hot.shape[1:]) for x in (f, asked))
+        inside = (trained * hot).sum(0) / np.maximum(members, 1)
+        outside = (trained * (1 - hot)).sum(0) / np.maximum(len(f) - members, 1)
+        scores = (scores - (inside + outside) / 2) / np.maximum(inside - outside, 1e-12)
+        found.append(np.where(members > 0, scores, -np.inf).argmax(2))
+    return found
 
 def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     """`ridge` with the strength that is best, for each labeling, on a fifth of the training tasks."""
     check = np.isin(task, np.unique(task)[::5])
-    tried = [ridge(f[~check], y[~check], f[check], strength) for strength in STRENGTHS]
+    tried = ridge(f[~check], y[~check], f[check])
     best = np.argmax([[balanced(a, b).mean() for a, b in zip(t.T, y[check].T)] for t in tried], 0)  # (L,)
-    answers = {i: ridge(f, y, asked, STRENGTHS[i]) for i in set(best)}
+    answers = ridge(f, y, asked)
     return np.stack([answers[i][:, j] for j, i in enumerate(best)], 1)
 
 def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
@@ -407,7 +412,8 @@ def balanced(chosen: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def majority(y: np.ndarray, group: np.ndarray) -> np.ndarray:
     """(T, L) the most frequent class among the rows (n, L) of each group; the lowest of equals."""
-    return np.stack([mode(y[group == one]).mode for one in np.unique(group)])
+    votes = y[:, :, None] == np.arange(y.max() + 1)  # (n, L, C)
+    return np.stack([votes[group == one].sum(0).argmax(1) for one in np.unique(group)])
 
 def pair_metrics(x: Tensor, pairs: Pairs) -> tuple[dict, dict]:
     """PAIRWISE metrics of x (G, d) as {metric: (values, tasks)}, and {labeling: {probe: accuracy}}.
@@ -471,7 +477,11 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
     outputs, count = windows.outputs, len(windows.grids)
     z, codes = model.embed(hard.grids).float().cpu(), model.codes(hard.grids)
     shown = [tuple(windows.grids[i] for i in context) for q in tests for context in q.context.tolist()]
-    z_hat, z_tests = (model.predict(asked).float().cpu() for asked in (contexts(windows), shown))
+    several = len(np.unique(windows.task)) > 1
+    shuffled = contexts(windows, pair_from=shuffle_context(windows)) if several else []
+    asked = contexts(windows), shown, shuffled  # at once, so that each grid is encoded once
+    z_hat = model.predict([context for part in asked for context in part]).float().cpu()
+    z_hat, z_tests, z_shuffled = z_hat.split([len(part) for part in asked])
 
     def answer(score: Callable, of_tests: Callable | None = None, nats: bool = True) -> dict:
         found = rank(score, queries, best_temperature(score, windows) if nats else None)
@@ -507,9 +517,8 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
             for row, values in rows.items() if row != "model" and "ndcg10" in values}
     nats = summarise(rows, "nats") | {"ln_pool": math.log(len(outputs))}
     health = {"cross_entropy": nats, "probes": probes, "lead": lead, "shuffled_ndcg10_without_out1": None}
-    if len(np.unique(windows.task)) > 1:
-        shuffled = model.predict(contexts(windows, pair_from=shuffle_context(windows))).float().cpu()
-        found = rank(own.by_embedding(shuffled), queries)
+    if several:
+        found = rank(own.by_embedding(z_shuffled), queries)
         health["shuffled_ndcg10_without_out1"] = float(found["ndcg10_without_out1"].mean())
     data = {"tasks": len(tasks), "windows": len(windows.task), "candidates": len(outputs)}
     values = {metric: rows["model"][metric] for metric in METRICS if metrics[metric]["n"]}
