@@ -165,6 +165,8 @@ def test_queries_are_the_windows_and_their_members_the_outputs_of_the_task(tasks
         assert np.array_equal(q.context, windows.index[q.number, :3])
         assert np.array_equal(windows.outputs[q.shown[:, 0]], windows.index[q.number, 1])
         assert np.array_equal(windows.outputs[q.target], windows.index[q.number, 3])
+    few = evaluation.window_queries(arc_data.make_windows(tasks, most=1))  # a sample of a task's windows
+    assert torch.equal(few[0].members, queries[0].members)
     for members, task in zip(queries[0].members, tasks.values()):
         outputs = {(out.shape, out.tobytes()) for _, out in arc_data.pairs_of(task)}
         found = [windows.grids[i] for i in windows.outputs[members.numpy()]]
