@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import arc_data
 from arc_data import PAD, SIDE
-from eval import bootstrap_ci
+from eval import summarise
 
 STEPS, BATCH, HIDDEN, LR = 300, 128, 512, 3e-3
 GRIDS = 4000                                   # training grids read at most
@@ -105,10 +105,6 @@ def decode(model, training_grids: list, windows, z: Tensor, z_hat: Tensor) -> di
 
 def decoded_metrics(decoded: dict[str, Decoded], task: np.ndarray) -> dict[str, dict]:
     """Entries of eval.json; "z of the answer" bounds what any prediction can reach."""
-    entries = {}
-    for metric, field in METRICS.items():
-        values = {name: getattr(found, field) for name, found in decoded.items()}
-        mean = {name: float(x.mean()) for name, x in values.items()}
-        entries[metric] = {"model": mean.pop("model"), "baselines": mean,
-                           "interval": bootstrap_ci(values["model"], task), "n": len(task)}
-    return entries
+    rows = {name: {metric: (getattr(found, field), task) for metric, field in METRICS.items()}
+            for name, found in decoded.items()}
+    return {metric: summarise(rows, metric) for metric in METRICS}
