@@ -7,13 +7,10 @@ under any of the 8 symmetries and any permutation of the 10 colours.
 
     B windows in a batch    G grids    U distinct objects in a batch    R rows of L token slots
     K objects of a grid     n tokens   S distinct shapes
-
-    python arc_data.py [SOURCE ...]     counts of sources; without SOURCE, of those of ARC
 """
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +156,12 @@ def validate_contexts(contexts) -> list[list[np.ndarray]]:
         result.append(validate_grids(grids, lambda i: f"context {number}, {names[i]}"))
     return result
 
+def flatten_pairs(pairs) -> list:
+    """[in1, out1, in2, out2, ...] of [(in1, out1), (in2, out2), ...]. ValueError for anything else."""
+    pairs = list(pairs) if hasattr(pairs, "__iter__") else [pairs]
+    need(all(hasattr(pair, "__len__") and len(pair) == 2 for pair in pairs), "pairs (in, out) are needed")
+    return [grid for pair in pairs for grid in pair]
+
 def unique_grids(grids) -> tuple[list[np.ndarray], list[int]]:
     """The distinct grids of a list, and the position of each grid among them."""
     found = {}                                          # content: position, grid
@@ -197,16 +200,14 @@ def split(data: str, validate: str | None):
     `dev`, the default for a path, holds out the tasks whose sha1(id) mod 5 is 0. If all data are in SOURCES,
     `dev` first drops what leaks into REPORTED, so that no choice is ever made on the reported split."""
     tasks = load_tasks(data)
-    leaks = []
     named = all(part.strip() in SOURCES for part in data.split(","))
     validate = (REPORTED if named else "dev") if validate is None else validate
     if validate == "dev":
-        if named:
-            tasks, leaks = without_leaks(tasks, load_tasks(REPORTED))
+        tasks, leaks = without_leaks(tasks, load_tasks(REPORTED) if named else {})
         held_out = {i: tasks[i] for i in tasks if int(hashlib.sha1(i.encode()).hexdigest(), 16) % 5 == 0}
         tasks = {i: tasks[i] for i in tasks if i not in held_out}
     else:
-        held_out = load_tasks(validate)
+        held_out, leaks = load_tasks(validate), []
     tasks, more = without_leaks(tasks, held_out)
     leaks += more
     for name, side in (("training", tasks), ("validation", held_out)):
@@ -230,7 +231,7 @@ def make_windows(tasks: dict[str, Task], most: int = 1000, seed: int = 0) -> Win
     grids, place = unique_grids([side for group in groups for pair in group for side in pair])
     place = np.array(place, dtype=np.int64).reshape(-1, 2)
     pairs = np.split(place, np.cumsum([len(group) for group in groups], dtype=int)[:-1])
-    tables, capped = [np.empty((0, 5), dtype=np.int64)], 0
+    tables, capped = [], 0
     for number, rows in enumerate(pairs):
         total = len(rows) * (len(rows) - 1)             # the choices of a large task are never listed
         random = np.random.default_rng([seed, number])

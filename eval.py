@@ -27,12 +27,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import solve
 from scipy.optimize import minimize_scalar
-from scipy.stats import mode
-from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -47,7 +45,7 @@ PAIRWISE = ("task_1nn", "probe_linear", "probe_knn", "probe_vote")
 METRICS = (*RETRIEVAL, *DEMONSTRATIONS, *HARD, *PAIRWISE)  # of eval.json
 COMPARED = ("ndcg10", "ndcg10_without_out1", "within_task", "all_demonstrations")  # those of the model's lead
 QUERIES = {"copy in2": (0, 0, 1), "copy out1": (0, 1, 0), "analogy": (-1, 1, 1)}  # weights of in, out, given
-CHUNK = 1024   # queries ranked at once: CHUNK x P scores in memory
+CHUNK = 256    # queries ranked at once: CHUNK x P scores in memory
 TIE = 1e-5     # scores nearer than this are equal; rounding in fp32 stays ten times below it
 # ------------------------------------------------------------------------------------------------- 1 ranks
 class Queries(NamedTuple):
@@ -62,15 +60,15 @@ class Queries(NamedTuple):
 
 def make_queries(number: Tensor, table: Tensor, windows: Windows, own: Tensor | None = None) -> list[Queries]:
     """Chunks of a table (n, 2 k + 3): the context, the target (positions in the grids) and the task."""
-    column = torch.full((len(windows.grids),), -1)  # of each grid in the pool; -1 for one that is no output
-    column[windows.outputs] = torch.arange(len(windows.outputs))
+    column = lambda output: torch.from_numpy(np.searchsorted(windows.outputs, np.asarray(output)))
     members = torch.zeros(len(windows.task_ids), len(windows.outputs), dtype=torch.bool)
-    members[torch.from_numpy(windows.task)[:, None], column[windows.index[:, 1::2]]] = True
+    for i, pairs in enumerate(windows.pairs):
+        members[i, column(pairs[:, 1])] = True
     chunks = []
     for i, rows in zip(number.split(CHUNK), table.split(CHUNK)):
         context, target, task = rows[:, :-2], rows[:, -2], rows[:, -1]
         extra = None if own is None else own[i]
-        chunks.append(Queries(i, context, column[context[:, 1::2]], column[target], task, members, extra))
+        chunks.append(Queries(i, context, column(context[:, 1::2]), column(target), task, members, extra))
     return chunks
 
 def window_queries(windows: Windows, rows: Tensor | None = None, own: Tensor | None = None) -> list[Queries]:
@@ -133,11 +131,11 @@ def rank_metrics(margin: Tensor, tie: Tensor | float) -> dict[str, Tensor]:
     return {name: (total[above + tied] - total[above]) / tied for name, total in sums.items()}
 
 def best_temperature(score: Callable, windows: Windows) -> float:
-    """The t of the least cross-entropy of the targets under softmax(scores / t), on about CHUNK windows."""
-    every = math.ceil(len(windows.task) / CHUNK)
-    sample, = window_queries(windows, torch.arange(0, len(windows.task), every))
-    scores, _ = score(sample)
-    margin = scores - scores.gather(1, sample.target[:, None])
+    """The t of the least cross-entropy of the targets under softmax(scores / t), on about 4 CHUNK windows."""
+    every = math.ceil(len(windows.task) / (4 * CHUNK))
+    samples = window_queries(windows, torch.arange(0, len(windows.task), every))
+    scores, target = torch.cat([score(q)[0] for q in samples]), torch.cat([q.target for q in samples])
+    margin = scores - scores.gather(1, target[:, None])
     unit = float(margin.abs().mean().clamp_min(1e-12))
     nats = lambda log_t: float(torch.logsumexp(margin / (unit * math.exp(log_t)), 1).mean())
     found = minimize_scalar(nats, bounds=(-10, 5), method="bounded", options={"xatol": 0.01})
@@ -296,8 +294,7 @@ def baseline_spaces(untrained, grids: list, outputs: np.ndarray, codes: list) ->
         spaces["codes with boxes"] = Space(outputs, symbol_bag(codes, boxes=True))
     return spaces | {"untrained": Space(outputs, untrained.embed(grids).float().cpu(), measure=euclidean)}
 # -------------------------------------------------------------------------------------- 5 pairs and probes
-FOLDS = 10
-NEIGHBOURS, WARMTH = 20, 0.07             # k-NN: cosine, weights exp(s / 0.07)
+FOLDS, NEIGHBOURS, WARMTH = 10, 20, 0.07  # of whole tasks; k-NN: cosine, weights exp(s / 0.07)
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of the ridge, in units of a standardised feature's variance
 PROPERTIES = ("output symmetric up-down", "output symmetric left-right", "output symmetric over its diagonal",
               "same shape", "output smaller", "output larger", "output recoloured")
@@ -358,34 +355,37 @@ def nearest_task(f: Tensor, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     found = torch.cat(found).double().numpy()
     return found[~np.isnan(found)], pairs.task[~np.isnan(found)]
 
-def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray, strength: float) -> np.ndarray:
-    """Classes (n', L) of `asked` (n', d) by ridge regression from standardised f (n, d) to classes y (n, L).
+def ridge(f: np.ndarray, y: np.ndarray, asked: np.ndarray):
+    """Yields classes (n', L) of `asked` (n', d) for each strength: ridge regression of y (n, L) on f (n, d).
 
-    A score's threshold lies halfway between the mean training scores of a class and of the others, so that
-    rare classes count as much as common ones.
+    Features are standardised. A score's threshold lies halfway between the mean training scores of a class
+    and of the others, so that rare classes count as much as common ones.
     """
     hot = (y[:, :, None] == np.arange(y.max() + 1)).astype(float)  # (n, L, C)
-    probe = make_pipeline(StandardScaler(), Ridge(strength * len(f))).fit(f, hot.reshape(len(f), -1))
-    trained, scores = (probe.predict(x).reshape(len(x), *hot.shape[1:]) for x in (f, asked))
-    members = hot.sum(0)  # (L, C)
-    inside = (trained * hot).sum(0) / np.maximum(members, 1)
-    outside = (trained * (1 - hot)).sum(0) / np.maximum(len(f) - members, 1)
-    scores = (scores - (inside + outside) / 2) / np.maximum(inside - outside, 1e-12)
-    return np.where(members > 0, scores, -np.inf).argmax(2)
+    members, scaler = hot.sum(0), StandardScaler().fit(f)  # (L, C)
+    f, asked = scaler.transform(f), scaler.transform(asked)
+    product, wanted = f.T @ f, f.T @ hot.reshape(len(f), -1)  # the same for all strengths
+    for strength in STRENGTHS:
+        weights = solve(product + strength * len(f) * np.eye(f.shape[1]), wanted, assume_a="pos")
+        trained, scores = ((x @ weights).reshape(len(x), *hot.shape[1:]) for x in (f, asked))
+        inside = (trained * hot).sum(0) / np.maximum(members, 1)
+        outside = (trained * (1 - hot)).sum(0) / np.maximum(len(f) - members, 1)
+        scores = (scores - (inside + outside) / 2) / np.maximum(inside - outside, 1e-12)
+        yield np.where(members > 0, scores, -np.inf).argmax(2)
 
 def linear_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     """`ridge` with the strength that is best, for each labeling, on a fifth of the training tasks."""
     check = np.isin(task, np.unique(task)[::5])
-    tried = [ridge(f[~check], y[~check], f[check], strength) for strength in STRENGTHS]
+    tried = ridge(f[~check], y[~check], f[check])
     best = np.argmax([[balanced(a, b).mean() for a, b in zip(t.T, y[check].T)] for t in tried], 0)  # (L,)
-    answers = {i: ridge(f, y, asked, STRENGTHS[i]) for i in set(best)}
+    answers = list(ridge(f, y, asked))
     return np.stack([answers[i][:, j] for j, i in enumerate(best)], 1)
 
 def knn_probe(f: np.ndarray, y: np.ndarray, asked: np.ndarray, task: np.ndarray) -> np.ndarray:
     weights = lambda distance: np.exp((1 - distance) / WARMTH)
     votes = KNeighborsClassifier(min(NEIGHBOURS, len(y)), metric="cosine", weights=weights)
-    probe = make_pipeline(StandardScaler(with_std=False), votes)
-    return probe.fit(f, y.squeeze(1) if y.shape[1] == 1 else y).predict(asked).reshape(len(asked), -1)
+    votes.fit(f - f.mean(0), y.squeeze(1) if y.shape[1] == 1 else y)
+    return votes.predict(asked - f.mean(0)).reshape(len(asked), -1)
 
 def cross_predict(probe: Callable, f: np.ndarray, y: np.ndarray, task: np.ndarray) -> np.ndarray:
     """Classes (n, L) of pairs with features f (n, d), by a probe fitted to other folds of whole tasks."""
@@ -407,7 +407,7 @@ def balanced(chosen: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def majority(y: np.ndarray, group: np.ndarray) -> np.ndarray:
     """(T, L) the most frequent class among the rows (n, L) of each group; the lowest of equals."""
-    return np.stack([mode(y[group == one]).mode for one in np.unique(group)])
+    return np.array([[np.bincount(row).argmax() for row in y[group == one].T] for one in np.unique(group)])
 
 def pair_metrics(x: Tensor, pairs: Pairs) -> tuple[dict, dict]:
     """PAIRWISE metrics of x (G, d) as {metric: (values, tasks)}, and {labeling: {probe: accuracy}}.
@@ -471,7 +471,9 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
     outputs, count = windows.outputs, len(windows.grids)
     z, codes = model.embed(hard.grids).float().cpu(), model.codes(hard.grids)
     shown = [tuple(windows.grids[i] for i in context) for q in tests for context in q.context.tolist()]
-    z_hat, z_tests = (model.predict(asked).float().cpu() for asked in (contexts(windows), shown))
+    shuffled = contexts(windows, pair_from=shuffle_context(windows)) if len(set(windows.task)) > 1 else []
+    asked = contexts(windows), shown, shuffled  # at once, so that each grid is encoded once
+    z_hat, z_tests, z_shuffled = model.predict(sum(asked, [])).float().cpu().split([*map(len, asked)])
 
     def answer(score: Callable, of_tests: Callable | None = None, nats: bool = True) -> dict:
         found = rank(score, queries, best_temperature(score, windows) if nats else None)
@@ -507,9 +509,8 @@ def evaluate(model, untrained, tasks: dict, labels: dict | None = None) -> Evalu
             for row, values in rows.items() if row != "model" and "ndcg10" in values}
     nats = summarise(rows, "nats") | {"ln_pool": math.log(len(outputs))}
     health = {"cross_entropy": nats, "probes": probes, "lead": lead, "shuffled_ndcg10_without_out1": None}
-    if len(np.unique(windows.task)) > 1:
-        shuffled = model.predict(contexts(windows, pair_from=shuffle_context(windows))).float().cpu()
-        found = rank(own.by_embedding(shuffled), queries)
+    if shuffled:
+        found = rank(own.by_embedding(z_shuffled), queries)
         health["shuffled_ndcg10_without_out1"] = float(found["ndcg10_without_out1"].mean())
     data = {"tasks": len(tasks), "windows": len(windows.task), "candidates": len(outputs)}
     values = {metric: rows["model"][metric] for metric in METRICS if metrics[metric]["n"]}

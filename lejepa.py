@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from arc_data import BYTES, SIDE, Batch, Grids, TaskSet, TokenTable
-from arc_data import unique_grids, validate_contexts, validate_grids
+from arc_data import flatten_pairs, unique_grids, validate_contexts, validate_grids
 
 # ------------------------------------------------------------------------------------------------ 1 Config
 
@@ -509,7 +509,7 @@ class LeJEPA(nn.Module):
     @torch.no_grad()
     def rank(self, demonstrations: list, given, candidates: list) -> Tensor:
         """Scores (n,) of candidate answers, higher is likelier: minus the squared distance to z_hat."""
-        z_hat = self.predict([[*(grid for pair in demonstrations for grid in pair), given]])   # (1, D)
+        z_hat = self.predict([[*flatten_pairs(demonstrations), given]])                # (1, D)
         return -(self.embed(validate_grids(candidates, "candidate {}".format)) - z_hat).square().sum(1)
 
     def _encode(self, grids: list[np.ndarray], layer: str = "z") -> Tensor:

@@ -22,14 +22,9 @@ def shapes_of(grids: list) -> list[np.ndarray]:
 
 def codes_of(model, shapes: list) -> np.ndarray:
     """(n, C) codes of shapes, each drawn alone; -1 for one that would be the background of its grid."""
-    grids = []
-    for shape in shapes:
-        grid = np.zeros((arc_data.SIDE, arc_data.SIDE), dtype=np.int8)
-        grid[:shape.shape[0], :shape.shape[1]] = shape
-        grids.append(grid)
     drawn = [2 * shape.sum() < arc_data.SIDE ** 2 for shape in shapes]
-    return np.array([codes[1].numpy() if is_drawn else -1 + 0 * codes[0].numpy()
-                     for is_drawn, (codes, _) in zip(drawn, model.codes(grids))])
+    return np.array([codes[1].numpy() if is_drawn else np.full(codes.shape[1], -1)
+                     for is_drawn, (codes, _) in zip(drawn, model.codes(arc_data.pad(shapes, 0)))])
 
 
 def altered(shape: np.ndarray, rng) -> dict[str, np.ndarray]:
@@ -60,16 +55,14 @@ def properties(shape: np.ndarray) -> dict[str, int]:
 
 def information(a: np.ndarray, b: np.ndarray) -> float:
     """Bits that a tells of b, above what a shuffled a tells (the bias of few samples)."""
-    def bits(a, b):
-        joint = np.unique(np.stack([a, b], 1), axis=0, return_counts=True)[1] / len(a)
-        sides = [np.unique(x, return_counts=True)[1] / len(x) for x in (a, b)]
-        return sum(-(p * np.log2(p)).sum() for p in sides) + (joint * np.log2(joint)).sum()
+    def told(a: np.ndarray) -> float:
+        return entropy(a) + entropy(b) - entropy(np.stack([a, b], 1))
     rng = np.random.default_rng(0)
-    return float(bits(a, b) - np.mean([bits(rng.permutation(a), b) for _ in range(5)]))
+    return float(told(a) - np.mean([told(rng.permutation(a)) for _ in range(5)]))
 
 
-def entropy(a: np.ndarray) -> float:
-    p = np.unique(a, return_counts=True)[1] / len(a)
+def entropy(rows: np.ndarray) -> float:
+    p = np.unique(rows, axis=0, return_counts=True)[1] / len(rows)
     return float(-(p * np.log2(p)).sum())
 
 

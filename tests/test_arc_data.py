@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 
 import numpy as np
 import pytest
@@ -864,21 +863,3 @@ def test_boxes_are_turned_as_grids_are():
         inputs = [torch.tensor(x).view(1, 1, -1) for x in (box, [0, 0, height, width])]
         got = arc_data.turn_boxes(*inputs, torch.tensor([[symmetry]]))
         assert got.shape == (1, 1, 4) and got.flatten().tolist() == expected
-
-
-# ---------------------------------------------------------------------------------------------- the command
-
-
-def test_the_command_counts_the_sources_it_is_given_or_says_in_a_line_why_not(tmp_path, monkeypatch, capsys):
-    path, _ = challenges(tmp_path)
-    monkeypatch.setattr("sys.argv", ["arc_data.py", str(path)])
-    arc_data.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{path}: 2 tasks, 4 pairs, 4 windows")
-    assert "4 test pairs have no output" in lines[0]
-    monkeypatch.setattr("sys.argv", ["arc_data.py", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(arc_data.__file__, run_name="__main__")
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.out == ""
-    assert printed.err.count("\n") == 1 and "nothing" in printed.err

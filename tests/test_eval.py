@@ -81,11 +81,12 @@ class Truth(Toy):
 
     def __init__(self, windows, tests):
         super().__init__()
-        self.grids = [windows.grids[i] for i in windows.index[:, 3]]
-        self.tests = [windows.grids[windows.outputs[i]] for q in tests for i in q.target]
+        answers = [windows.grids[i] for i in windows.index[:, 3]]
+        self.answers = answers + [windows.grids[windows.outputs[i]] for q in tests for i in q.target] + answers
 
-    def predict(self, contexts):
-        return self.embed(self.grids if len(contexts) == len(self.grids) else self.tests)
+    def predict(self, contexts):  # of the windows, of the tests, of the windows with a shuffled context
+        assert len(contexts) == len(self.answers)
+        return self.embed(self.answers)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,8 @@ def test_queries_are_the_windows_and_their_members_the_outputs_of_the_task(tasks
         assert np.array_equal(q.context, windows.index[q.number, :3])
         assert np.array_equal(windows.outputs[q.shown[:, 0]], windows.index[q.number, 1])
         assert np.array_equal(windows.outputs[q.target], windows.index[q.number, 3])
+    few = evaluation.window_queries(arc_data.make_windows(tasks, most=1))  # a sample of a task's windows
+    assert torch.equal(few[0].members, queries[0].members)
     for members, task in zip(queries[0].members, tasks.values()):
         outputs = {(out.shape, out.tobytes()) for _, out in arc_data.pairs_of(task)}
         found = [windows.grids[i] for i in windows.outputs[members.numpy()]]
@@ -585,13 +588,13 @@ def test_ridge_equals_its_slow_definition():
     f[:, 5] = 4.0  # a constant says nothing
     x, hot = f, np.eye(3)[y[:, 0]]
     x = (x - x.mean(0)) / np.where(x.std(0) > 1e-6, x.std(0), 1)
-    for strength in evaluation.STRENGTHS:
+    for strength, found in zip(evaluation.STRENGTHS, evaluation.ridge(f, y, f), strict=True):
         product = x.T @ x + strength * len(x) * np.eye(x.shape[1])
         score = x @ np.linalg.solve(product, x.T @ (hot - hot.mean(0)))
         inside = np.array([score[hot[:, c] == 1, c].mean() for c in range(3)])
         outside = np.array([score[hot[:, c] == 0, c].mean() for c in range(3)])
         expected = ((score - (inside + outside) / 2) / (inside - outside)).argmax(1)
-        assert (evaluation.ridge(f, y, f, strength)[:, 0] == expected).all(), strength
+        assert (found[:, 0] == expected).all(), strength
 
 
 def test_the_linear_probe_takes_the_strength_that_is_best_on_a_fifth_of_the_training_tasks(monkeypatch):
@@ -599,15 +602,14 @@ def test_the_linear_probe_takes_the_strength_that_is_best_on_a_fifth_of_the_trai
     two, used = np.concatenate([y, y], 1), []
     fifth = np.isin(task, np.unique(task)[::5])
 
-    def ridge(train, labels, asked, strength):
-        used.append((len(train), len(asked), strength))
+    def ridge(train, labels, asked):
+        used.append((len(train), len(asked)))
         right = two[fifth] if len(asked) < len(f) else np.zeros((len(asked), 2), int)
-        return np.where(np.array([0.1, 10.0]) == strength, right, (right + 1) % 3)
+        return [np.where(np.array([0.1, 10.0]) == strength, right, (right + 1) % 3)
+                for strength in evaluation.STRENGTHS]
     monkeypatch.setattr(evaluation, "ridge", ridge)
-    evaluation.linear_probe(f, two, f, task)
-    count = fifth.sum()
-    assert used[:5] == [(len(f) - count, count, strength) for strength in evaluation.STRENGTHS]
-    assert sorted(used[5:]) == [(len(f), len(f), 0.1), (len(f), len(f), 10.0)]
+    assert (evaluation.linear_probe(f, two, f, task) == 0).all()  # each labeling by its own strength
+    assert used == [(len(f) - fifth.sum(), fifth.sum()), (len(f), len(f))]
 
 
 def test_balanced_accuracy_is_that_of_scikit_learn_and_votes_are_counted():

@@ -700,6 +700,13 @@ def test_none_or_a_number_in_place_of_a_list_is_a_value_error(model, value):
         model.predict([value])
 
 
+@pytest.mark.parametrize("demonstrations", [None, 7, [3], [(np.ones((2, 2), int),)]])
+def test_rank_says_that_demonstrations_are_pairs(model, demonstrations):
+    good = np.ones((2, 2), int)
+    with pytest.raises(ValueError, match="pairs"):
+        model.rank(demonstrations, good, [good])
+
+
 def test_grids_may_be_nested_lists_and_none_at_all(model):
     rows = [[0, 1], [2, 3]]
     array = np.array(rows)

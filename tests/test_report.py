@@ -81,6 +81,7 @@ def make_log(steps=12):
             "train_ndcg10_without_out1": 0.6,
             "within_task": 0.5,
             "effective_rank_context": 20.0,
+            "isotropy": 1e-3,
             "effective_rank_target": 30.0,
             "codes_usage": 0.9,
             "codes_perplexity": 0.3,
@@ -526,37 +527,40 @@ def test_alerts_trip_once_and_clear_once():
 
 
 @pytest.mark.parametrize(
-    "key, values, at",
+    "name, key, values, at",
     [
-        ("codes_usage", [0.07, 0.07, 0.09, 0.07, 0.07, 0.07, 0.3], (5, 6)),
-        ("codes_usage", [0.5, 0.04, 0.06], (1, 2)),
-        ("effective_rank_context", [3.1, 2.9, 3.1], (1, 2)),
-        ("effective_rank_target", [4.9, 5.1], (0, 1)),
-        ("validation_loss", [4.0, 7.9, 16.0, 15.0], (2, 3)),
-        ("ndcg10_without_out1", [0.5] + [0.4] * 10 + [0.6], (10, 11)),
+        ("below 8 %", "codes_usage", [0.07, 0.07, 0.09, 0.07, 0.07, 0.07, 0.3], (5, 6)),
+        ("below 5 %", "codes_usage", [0.5, 0.04, 0.06], (1, 2)),
+        ("below 15 %", "codes_usage", [0.5, 0.14, 0.16], (1, 2)),
+        ("below 1e-5", "isotropy", [2e-5, 9e-6, 2e-5], (1, 2)),
+        ("below 3", "effective_rank_context", [3.1, 2.9, 3.1], (1, 2)),
+        ("below 5", "effective_rank_target", [4.9, 5.1], (0, 1)),
+        ("above twice", "validation_loss", [4.0, 7.9, 16.0, 15.0], (2, 3)),
+        ("no better", "ndcg10_without_out1", [0.5] + [0.4] * 10 + [0.6], (10, 11)),
     ],
 )
-def test_each_alert_trips_and_clears_where_it_should_and_a_resumed_run_goes_on(key, values, at):
+def test_each_alert_trips_and_clears_where_it_should_and_a_resumed_run_goes_on(name, key, values, at):
     alerts = report.Alerts()
     rows = [{"step": step, key: value, "codes_perplexity": None} for step, value in enumerate(values)]
-    lines = [alerts.feed(row) for row in rows]
+    lines = [[line for line in alerts.feed(row) if name in line] for row in rows]
     assert [(step, line[0].split()[0]) for step, line in enumerate(lines) if line] == [
         (at[0], "alert"),
         (at[1], "clear"),
     ]
     resumed = report.Alerts(rows[: at[0] + 1])
-    assert resumed.feed(rows[at[0] + 1]) == lines[at[0] + 1]
+    assert [line for line in resumed.feed(rows[at[0] + 1]) if name in line] == lines[at[0] + 1]
 
 
 def test_a_good_run_meets_all_criteria_and_a_bad_one_fails_each(done):
     good = {name: met for name, met, _ in report.criteria(make_log(), RESULT | {"epochs": 120}, 0.35, done)}
-    assert set(good.values()) == {True} and len(good) == 17
+    assert set(good.values()) == {True} and len(good) == 19
     log = make_log()
     for row in log[4:]:
         row |= {
             "codes_usage": 0.02,
             "effective_rank_context": 1.0,
             "effective_rank_target": 1.0,
+            "isotropy": 1e-6,
             "grad_norm": 99.0,
             "ndcg10_without_out1": 0.1,
             "prediction": 1000.0,
