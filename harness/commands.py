@@ -23,6 +23,7 @@ from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
 from harness.health import add_health, object_ids
 from harness.run import Parser, is_out_of_memory
+from harness.views import Views
 
 RANKED = {"accuracy@1": "r1", "accuracy@2": "r2", "nDCG@10": "ndcg10"}  # metrics, and their names in eval.py
 RANKED_BASELINES = {"copy in2": ("raw",), "analogy": ("raw", "31 features", "raw + 31 features")}
@@ -122,8 +123,11 @@ def evaluate_run(args):
     result, config = (checkpoint.read_json(path) if path.exists() else {}
                       for path in (args.run / "result.json", args.run / "config.json"))
     say(f"evaluating {len(tasks)} tasks beside the baselines")
-    done = add_health(model, evaluation.evaluate(model, lejepa.build(cfg).eval(), tasks, labels))
-    done = done._replace(data=describe_data(done, args.data, tasks, count_shared(tasks, trained)))
+    seen = Views(model, args.views)
+    untrained = Views(lejepa.build(cfg).eval(), args.views)
+    done = add_health(seen, evaluation.evaluate(seen, untrained, tasks, labels))
+    data = describe_data(done, args.data, tasks, count_shared(tasks, trained)) | {"views": args.views}
+    done = done._replace(data=data)
     if torch.cat([codes for codes, _ in done.codes]).shape[1]:
         done.health["symbols"] = symbols.first_code_figures(model, done.windows.grids)
         done.health["symbols"]["ndcg10_without_out1"] = symbols.retrieval_by_codes(model, done.windows)
@@ -131,12 +135,13 @@ def evaluate_run(args):
     if trained:
         say("training a decoder of frozen z")
         grids = arc_data.make_windows(trained).grids
-        decoded = decoder.decode(model, grids, done.windows, done.z, done.z_hat)
+        decoded = decoder.decode(seen, grids, done.windows, done.z, done.z_hat)
         done.metrics.update(decoder.decoded_metrics(decoded, done.windows.task))
     out.mkdir(parents=True, exist_ok=True)
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
              "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
+             "views": args.views,
              "steps": result.get("steps"), "minutes": seconds and f"{seconds / 60:.1f}",
              "device": result.get("device"), "commit": config.get("commit")}
     criteria = report.criteria(log, result, cfg.lam, done)
@@ -188,6 +193,7 @@ def rank_candidates(args):
     for path in (args.out, *([args.submission] if args.submission else [])):
         check_writable(path)
     model, cfg = lejepa.load_run(args.run)
+    model = Views(model, args.views)
     tasks, trained = read_tasks(cfg, args.data)
     candidates = read_candidates(args.candidates, tasks)
     ranked, attempts, asked = {}, {}, []
@@ -315,6 +321,9 @@ def make_parser() -> Parser:
 
     run = add("evaluate", "Every metric of a run, beside baselines.",
               "where the record goes (default: RUN, or RUN/eval-SOURCE beside other data's)", dest="run")
+    views = {"type": int, "default": 1, "choices": range(1, 9), "metavar": "V",
+             "help": "symmetries, 1 to 8, over which distances are averaged; V times as slow (default: 1)"}
+    run.add_argument("--views", **views)
     run.add_argument("--labels", metavar="FILE", type=Path,
                      help="JSON {task id: class name} to probe for (default: seven properties of a pair)")
     add("codes", "The codes of every grid, a line a grid.", "where the lines go", dest="run")
@@ -322,6 +331,7 @@ def make_parser() -> Parser:
     ranking = add("rank", about, "where the ranking goes", dest="run")
     ranking.add_argument("--candidates", metavar="FILE", type=Path, required=True,
                          help="JSON {task id: [for each test input, [candidate grid, ...]]}")
+    ranking.add_argument("--views", **views)
     ranking.add_argument("--submission", metavar="FILE", type=Path,
                          help="where the two likeliest go, in Kaggle's form")
     add("compare", "Runs side by side, paired by query.", "where the record goes (default: RUN/../compare)",

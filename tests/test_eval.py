@@ -44,6 +44,7 @@ class Toy:
         self.map = torch.randn(900 * 11, width, generator=torch.Generator().manual_seed(seed)) / 30
         self.sees, self.seed = sees, seed
         self.in_use = types.SimpleNamespace(codes_kept=4), None
+        self.encoder = types.SimpleNamespace(quantizer=None)
 
     def embed(self, grids, layer="z"):
         return evaluation.OneHot(grids)[torch.arange(len(grids))] @ self.map if len(grids) else self.map[:0]

@@ -19,6 +19,7 @@ import arc_data
 import eval as evaluation
 import lejepa
 from harness import commands, decoder
+from harness.views import Views
 
 ROOT = Path(__file__).parent.parent
 
@@ -349,6 +350,32 @@ def test_a_bad_file_of_candidates_gets_one_line_that_names_the_place(run, capsys
     flags = "--data", "tasks", "--candidates", "bad.json", "--out", "ranked.json"
     error = refused(capsys, "rank", "run", *flags)
     assert said in error and "bad.json" in error and not (run / "ranked.json").exists()
+
+
+# --------------------------------------------------------------------------------------------- --views
+
+
+def test_a_squared_distance_over_views_is_the_mean_of_those_of_the_turned_grids(run, tasks):
+    model = Toy(seed=1)
+    task = tasks["task03"]
+    context, grids = [side for pair in task.train for side in pair] + [task.test[0][0]], [task.test[0][1]]
+    seen, squared = Views(model, 8), []
+    for i in range(8):
+        z_hat = model.predict([[arc_data.turn(grid, i) for grid in context]])
+        squared.append((z_hat - model.embed([arc_data.turn(grid, i) for grid in grids])).square().sum())
+    expected = torch.stack(squared).mean()
+    assert len({round(float(value), 4) for value in squared}) > 1
+    torch.testing.assert_close((seen.predict([context]) - seen.embed(grids)).square().sum(), expected)
+    torch.testing.assert_close(-seen.rank(task.train, context[-1], grids)[0], expected)
+    assert seen.embed(grids, "pooled").shape == model.embed(grids, "pooled").shape
+    one = Views(model, 1)
+    torch.testing.assert_close(one.embed(grids), model.embed(grids))
+
+
+def test_the_record_says_how_many_views_were_averaged(run):
+    call("run", "--data", "tasks", "--views", "2", "--out", "two")
+    assert read(run / "two" / "eval.json")["data"]["views"] == 2
+    assert read(run / "two" / "eval.json")["ndcg10"]["model"] is not None
 
 
 # -------------------------------------------------------------------------------- eval.py compare
