@@ -1,6 +1,6 @@
 """Why the recorded runs failed, by runs on this project's data: runs, tables, plots and a page.
 
-    python -m harness.autopsy --out FOLDER [--steps 400] [--seeds 3] [--only 1 4] [flags of lejepa.py ...]
+    python -m harness.autopsy --out FOLDER [--steps 200] [--seeds 1] [--only 1 4] [flags of lejepa.py ...]
 
 Runs go one after the other into FOLDER. One that has a result is not repeated; one that was interrupted is
 resumed. autopsy.md takes the figures of all that are there: means over seeds, ± half the range.
@@ -17,8 +17,10 @@ from harness import charts, checkpoint
 from harness.checkpoint import write_file
 
 ROOT = Path(__file__).parent.parent
-FAULTS = ("unit", "relu", "shapeless", "training_mode", "padding", "same_grid", "recolour")
+FAULTS = dict.fromkeys(("unit", "relu", "shapeless", "training_mode", "padding", "same_grid", "recolour"),
+                       ("no", "yes")) | {"vq_loss": ("used", "none")}
 ALIGNED = "--preset lejepa-aligned --faithful --lr 0.003 --legacy optimizer=muon"
+CLEAN = ALIGNED.replace("--faithful ", "")             # no fault at all
 SUM = "--objective sum --code none --legacy relational=0.025"
 EXPERIMENTS = {  # number: (title, {name of a run: its flags})
     1: ("SIGReg of embeddings of length 1", {
@@ -31,9 +33,9 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
         "vq-3000": "--code vq --legacy start=cold,refresh=3000,threshold=1"}),
     4: ("Which fault makes lejepa-aligned collapse", {
         "faithful": ALIGNED, "faithful-averaged": f"{ALIGNED},target=averaged",
-        "clean": ALIGNED.replace("--faithful ", "")} | {
-        f"without-{fault}": f"{ALIGNED},{fault}=no" for fault in FAULTS} | {
-        "without-vq_loss": f"{ALIGNED},vq_loss=used"}),
+        "clean": CLEAN} | {
+        f"without-{fault}": f"{ALIGNED},{fault}={off}" for fault, (off, _) in FAULTS.items()} | {
+        f"only-{fault}": f"{CLEAN},{fault}={on}" for fault, (_, on) in FAULTS.items()}),
     5: ("What a discrete bottleneck costs", {
         "none": "--code none", "default": ""} | {
         code: f"--code {code}" + " --legacy codes=4" * (code in ("vq", "gradient", "gumbel"))
@@ -111,8 +113,8 @@ def plot(out: Path, number: int, runs: dict) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m harness.autopsy", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the page")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
-    parser.add_argument("--seeds", type=int, default=3, help="of each run (default: 3)")
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
+    parser.add_argument("--seeds", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--only", type=int, nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
     args, more = parser.parse_known_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
