@@ -1,10 +1,10 @@
 """The recorded runs that this project answers: their losses, codes, contexts and schedules, as presets.
 
-    python lejepa.py --preset gentle --faithful --legacy unit=no          a recorded run, one fault mended
+    python lejepa.py --preset gentle --faithful --legacy unit=no          a recorded run, one fault turned off
 
-Source: runs of arc-jepa-rl, 2025-12, by their logs and code, on this project's data and sizes. Their 7600
-steps and 80 epochs scale with --steps. The target is the answer of the given grid; no other target offset
-than 1 has a meaning in a list of pairs. Letters as in lejepa.py; K entries of a codebook, S slots of objects.
+Source: runs of arc-jepa-rl, 2025-12, by their logs and code, on this project's data and sizes. Their steps
+(95 an epoch) and epochs are scaled to --steps. Their target offset is 1 here: pairs of a task have no order,
+so a larger one means nothing. Letters as in lejepa.py; K entries of a codebook, S slots of objects.
 """
 import dataclasses
 import math
@@ -19,7 +19,7 @@ import lejepa
 from arc_data import Batch, Grids, TaskSet, pairs_of, tokenise
 from lejepa import CODES, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
 
-STEPS, EPOCHS = 7600, 80                               # of the recorded runs
+EPOCH = 95                                             # steps of the recorded runs in an epoch
 # ------------------------------------------------------------------------------------------------ settings
 OFF = ("no", "yes")
 SETTINGS = {  # of --legacy, by what reads them: name and default; of several words the first is the default
@@ -35,7 +35,7 @@ SETTINGS = {  # of --legacy, by what reads them: name and default; of several wo
                                        "commitment": 0.25, "vq_loss": ("used", "none", "swapped")},
     "--code vq": {"decay": 0.99, "start": ("data", "cold"), "refresh": 0}, "refresh": {"threshold": 0.01},
     "every run": {"optimizer": ("muon", "adam"), "curriculum": OFF, "patience": 0, "same_grid": OFF,
-                  "recolour": OFF},
+                  "recolour": OFF, "epochs": 80},
     "patience": {"min_delta": 0.003}, "optimizer=adam": {"warmup": 1000, "clip": 0.5}}
 DEFAULTS = {name: default for group in SETTINGS.values() for name, default in group.items()}
 READERS = {name: reader for reader, group in SETTINGS.items() for name in group}
@@ -76,9 +76,9 @@ class Codebook(EMAQuantizer):
     def __init__(self, cfg):
         read = partial(setting, cfg)
         super().__init__(cfg.lam, read("commitment"), read("decay"), int(read("size")), int(read("codes")))
-        swapped = 1 / max(read("commitment"), 1e-6)    # beta at the codebook's term, which an average lacks
+        swapped = 1 / max(read("commitment"), 1e-6)    # beta on the codebook's term: commitment has 1
         self.weight *= {"used": 1.0, "none": 0.0, "swapped": swapped}[read("vq_loss")]
-        self.interval, self.rows = math.ceil(read("refresh") * cfg.steps / STEPS), None
+        self.interval, self.rows = math.ceil(read("refresh") * cfg.steps / EPOCH / read("epochs")), None
         self.threshold = read("threshold") if self.interval else 0.0
         self.register_buffer("used", torch.zeros(self.vectors.shape[:2], dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -122,7 +122,7 @@ class GradientCodebook(EMAQuantizer):
         return self.weight * (self.weights[0] * error(y, vectors) + self.weights[1] * error(vectors, y))
 
 class Gumbel(GradientCodebook):
-    """Gumbel-softmax (arXiv:1611.01144) of minus the squared distances. Its loss: log K - mean's entropy."""
+    """Gumbel-softmax (arXiv:1611.01144) over codes. Its loss: log K minus the entropy of the mean choice."""
     def temperature(self) -> float:
         return 0.1 ** min(1.0, int(self.steps) / self.last)
 
@@ -162,13 +162,17 @@ class Broken(LeJEPALoss):
         super().__init__(model, cfg)
         self.target = setting(cfg, "target") if cfg.objective == "broken" else "trained"
         self.unit = setting(cfg, "unit")
-        self.average = InfoNCE(model, cfg).requires_grad_(False) if self.target == "averaged" else None
+        if self.unit and len(self.memory):
+            raise ValueError("--legacy unit=yes needs --memory 0: the local SIGReg takes length sqrt(D)")
+        if cfg.objective == "sum" or len(getattr(model.encoder.quantizer, "vectors", range(CODES))) < CODES:
+            model.encoder.NESTED = 0.0                 # an object keeps its code whole
         if setting(cfg, "relu"):
             model.encoder.projector.append(nn.ReLU())
         if setting(cfg, "shapeless"):
             model.encoder.objects.mlp.register_forward_pre_hook(keep_area)
         if isinstance(model.encoder.quantizer, Codebook) and setting(cfg, "padding"):
             model.encoder.register_forward_pre_hook(count_slots)
+        self.average = InfoNCE(model, cfg).requires_grad_(False) if self.target == "averaged" else None
         if setting(cfg, "training_mode"):
             for part in model.modules():
                 if isinstance(part, (nn.Dropout, EMAQuantizer)):
@@ -199,7 +203,6 @@ def count_slots(encoder, inputs):                      # an empty slot counts as
 class WeightedSum(Broken):
     """The recorded objective: InfoNCE, other terms with a weight each, and lam * the code's own loss."""
     SLOTS, ALPHA, RATE = 16, 1.5, 0.025
-
     def __init__(self, model, cfg):
         super().__init__(model, dataclasses.replace(cfg, memory=0))
         read = partial(setting, cfg)
@@ -214,7 +217,6 @@ class WeightedSum(Broken):
             self.log_variance = nn.Parameter(torch.zeros(len(self.weights)))
         self.register_buffer("shares", torch.ones(len(self.weights)))
         self.register_buffer("first", torch.zeros(len(self.weights)))
-        model.encoder.NESTED = 0.0                     # each object keeps all its codes
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         terms = self.infonce.compute_loss(model, batch, z, z_hat, y, directions, code_directions, 0.0)[1]
@@ -300,13 +302,11 @@ class Last(Context):
 
 class Attention(Context):
     make = staticmethod(lambda size: nn.Linear(size.width, 1))
-
     def pool(self, x: Tensor, here: Tensor) -> Tensor:
         return (self.part(x).masked_fill(~here[..., None], -math.inf).softmax(1) * x).sum(1)
 
 class GRU(Context):
     make = staticmethod(lambda size: nn.GRUCell(size.width, size.width))
-
     def pool(self, x: Tensor, here: Tensor) -> Tensor:
         state = torch.zeros_like(x[:, 0])
         for i in range(x.shape[1]):
@@ -315,7 +315,6 @@ class GRU(Context):
 
 class Transformer(Context):
     make = staticmethod(lambda size: lejepa.Block(size.width, size.heads))
-
     def pool(self, x: Tensor, here: Tensor) -> Tensor:
         return super().pool(self.part(x, torch.where(here, 0.0, -math.inf)[:, None, None]), here)
 
@@ -354,7 +353,7 @@ class RecordedAdam(torch.optim.Adam):
         weights = [p for p in model.parameters() if p.requires_grad]
         super().__init__(weights, cfg.lr, weight_decay=cfg.weight_decay)
         self.peak, self.last, self.clip = cfg.lr, cfg.steps, setting(cfg, "clip")
-        self.warmup = setting(cfg, "warmup") * cfg.steps / STEPS
+        self.warmup = setting(cfg, "warmup") * cfg.steps / EPOCH / setting(cfg, "epochs")
 
     def step(self, closure=None):
         group, = self.param_groups
@@ -369,7 +368,7 @@ def recipe(cfg) -> tuple:
     read = partial(setting, cfg)
     faults = {name: read(name) for name in ("curriculum", "same_grid", "recolour")}
     optimizers = {"muon": lejepa.make_optimizers, "adam": lambda *given: [RecordedAdam(*given)]}
-    patience = read("patience") * cfg.steps / EPOCHS or math.inf
+    patience = read("patience") * cfg.steps / read("epochs") or math.inf
     stopping = patience, read("min_delta") if read("patience") else 0.0
     return partial(RecordedTasks, steps=cfg.steps, **faults), optimizers[read("optimizer")], stopping
 
@@ -378,19 +377,20 @@ ADAM = "optimizer=adam"
 SIXTH = ADAM + ",colour=0.1,relational=0.05,context_self=0.025,coldest=0.07,warmest=0.15"
 GENTLE = ADAM + ",colour=0.1,commitment=0.15,decay=0.95"
 STEADY = GENTLE + ",relational=0.025,context_self=0.01,refresh=3000,threshold=0.01"
+# Their SIGReg has no factor N and their L2 is of unit vectors: at our lengths, 192 and 256, these cancel.
 ALIGNED = {"objective": "broken", "lam": 0.05, "memory": 0}
 PRESETS = {  # name: --legacy, other flags; each is the recorded run or plan of its name
     "sixth": (SIXTH + ",commitment=0.3,refresh=500,threshold=0.05", {}),           # run, 22 epochs
-    "no-vq": (SIXTH, {"code": "none"}),                                            # run, 30 epochs
-    "no-refresh": (SIXTH + ",commitment=0.3", {}),                                 # run, 30 epochs
-    "gentle": (STEADY, {}),                                                        # run, 30 epochs
-    "optimized": (STEADY + ",relational=0.02,context_self=0.005", {"context": "attention"}),   # run, 30
-    "production": (STEADY, {}),                                                    # run, 80 epochs
+    "no-vq": (SIXTH + ",epochs=30", {"code": "none"}),                             # run
+    "no-refresh": (SIXTH + ",commitment=0.3,epochs=30", {}),                       # run
+    "gentle": (STEADY + ",epochs=30", {}),                                         # run
+    "optimized": (STEADY + ",relational=0.02,context_self=0.005,epochs=30", {"context": "attention"}),   # run
+    "production": (STEADY, {}),                                                    # run
     "v2": (GENTLE + ",patience=15,min_delta=0.01", {}),                            # plan
     "stable-production": (STEADY + ",relational=0.0025,context_self=0.001,refresh=10000,patience=30", {}),
-    "lejepa-aligned": (ADAM + ",warmup=500", ALIGNED),                             # run, 20 epochs
+    "lejepa-aligned": (ADAM + ",warmup=500,epochs=20", ALIGNED),                   # run
     "gumbel": (ADAM + ",warmup=500,size=256", ALIGNED | {"code": "gumbel"}),       # run
-    "combined": (ADAM + ",warmup=500,size=256",                                    # plan, 100 epochs
+    "combined": (ADAM + ",warmup=500,size=256,epochs=100",                         # plan
                  ALIGNED | {"code": "gumbel", "context": "attention", "demonstrations": 2})}
 COMMON = {"objective": "sum", "code": "vq", "context": "mean", "demonstrations": 1, "lr": 5e-5,
           "weight_decay": 1e-6}

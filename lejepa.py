@@ -94,7 +94,7 @@ class Config:
     lam: Annotated[float, "weight of SIGReg; 1 - lam is the weight of the prediction"] = 0.5
     memory: Annotated[int, "earlier targets in SIGReg(z)'s sample; 0: SIGReg(z) as published"] = 1024
     seed: Annotated[int, "seed of weights, batches and directions"] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU if torch finds one"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: cuda if there is one; mps: fp32"] = "auto"
     dtype: Annotated[Literal["bf16", "fp32"], "bf16 (autocast, fp32 weights) or fp32"] = "bf16"
     compile: Annotated[bool | None, "run torch.compile on the model (default: on a GPU only)"] = None
     resume: Annotated[bool, "continue the run in --run"] = False
@@ -105,9 +105,9 @@ class Config:
     objective: Annotated[Literal["lejepa", "infonce", "relational", "sum", "broken"], "loss"] = "lejepa"
     context: Annotated[Literal["analogy", "transformer", "mean", "last", "attention", "gru"],
                        "predictor of the answer's z"] = "analogy"
-    preset: Annotated[str | None, "a recorded run, for its flags; legacy.py lists them"] = None
-    legacy: Annotated[str | None, "NAME=VALUE,...: what legacy.py reads, and lists"] = None
-    faithful: Annotated[bool, "turn on the faults of the recorded runs"] = False
+    preset: Annotated[str | None, "use the settings of a recorded run: sixth, no-vq, ... (legacy.py)"] = None
+    legacy: Annotated[str | None, "NAME=VALUE,...: change settings of a recorded run (legacy.py)"] = None
+    faithful: Annotated[bool, "turn on the faults of the recorded runs too"] = False
 
 
 def resolve_defaults(cfg: Config) -> Config:
@@ -553,8 +553,7 @@ def update_average(model: LeJEPA, step: int):
     share = 1 / (1 + AVERAGING_FRACTION * step)
     trained = model.state_dict()
     for name, average in model.averaged.state_dict().items():
-        if average.is_floating_point():                # all but BatchNorm's num_batches_tracked
-            average.lerp_(trained[name], share)
+        average.lerp_(trained[name], share) if average.is_floating_point() else average.copy_(trained[name])
 
 # ---------------------------------------------------------------------------------------------- 5 Training
 
@@ -735,7 +734,7 @@ class InfoNCE(nn.Module):
     def targets(self, batch: Batch, model) -> tuple[Tensor, Tensor]:
         """Embeddings (n, D) of the batch's targets by the averaged encoder; each window's target (B,)."""
         if self.training:
-            self.target.quantizer.eval()               # its codebook is averaged too, and follows no input
+            self.target.quantizer.training = False     # its codebook is averaged too, and follows no input
             share = torch.where(self.filled > 0, 1 - self.DECAY, 1.0)
             parts = ([*part.parameters(), *part.quantizer.buffers()] for part in (self.target, model.encoder))
             for average, now in zip(*parts):
@@ -767,7 +766,7 @@ def relational(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Relational(LeJEPALoss):
-    """LeJEPA, and at weight 0.05 `relational` of the batch's predictions and of their targets."""
+    """LeJEPA plus 0.05 times `relational` of the batch's predictions and of their targets."""
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)

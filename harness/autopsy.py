@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness import charts, checkpoint
+from arc_data import need
 from harness.checkpoint import write_file
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +29,9 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
     2: ("The relational loss and the spread of embeddings", {
         "raw": SUM, "normalised": f"{SUM},normalised=yes", "without": "--objective sum --code none"}),
     3: ("Codebooks and refreshes", {
-        "default": "", "vq": "--code vq --legacy start=cold",
-        "vq-500": "--code vq --legacy start=cold,refresh=500,threshold=1",
-        "vq-3000": "--code vq --legacy start=cold,refresh=3000,threshold=1"}),
+        "default": "", "vq-cold": "--code vq --legacy start=cold",
+        "vq-500": "--code vq --legacy start=cold,refresh=500,threshold=0.05",
+        "vq-3000": "--code vq --legacy start=cold,refresh=3000,threshold=0.01"}),
     4: ("Which fault makes lejepa-aligned collapse", {
         "faithful": ALIGNED, "faithful-averaged": f"{ALIGNED},target=averaged",
         "clean": CLEAN} | {
@@ -38,13 +39,13 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
         f"only-{fault}": f"{CLEAN},{fault}={on}" for fault, (_, on) in FAULTS.items()}),
     5: ("What a discrete bottleneck costs", {
         "none": "--code none", "default": ""} | {
-        code: f"--code {code}" + " --legacy codes=4" * (code in ("vq", "gradient", "gumbel"))
+        f"code-{code}": f"--code {code}" + " --legacy codes=4" * (code in ("vq", "gradient", "gumbel"))
         for code in ("fsq", "ema", "vq", "gradient", "gumbel")}),
     6: ("Presets and objectives", {
         "default": "", "infonce": "--objective infonce", "relational": "--objective relational",
         "averaged": "--objective broken --legacy target=averaged",
         "stopped": "--objective broken --legacy target=stopped",
-        "unit-radius": "--objective broken --legacy unit=yes",
+        "unit": "--memory 0 --objective broken --legacy unit=yes",
         "relu": "--objective broken --legacy relu=yes"} | {
         name: f"--preset {name}" for name in (
             "sixth", "no-vq", "no-refresh", "gentle", "optimized", "production", "v2", "stable-production",
@@ -67,10 +68,9 @@ def run(flags: list[str], folder: Path):
     if subprocess.run(command).returncode:
         raise RuntimeError(f"{folder.name} ended early; the same command continues it")
 
-def folders(out: Path, flags: str, name: str, seeds: int) -> list[Path]:
-    """The folders of a run's seeds. Equal flags have one folder, whichever experiments name them."""
-    names = {words: other for _, runs in reversed(EXPERIMENTS.values()) for other, words in runs.items()}
-    return [out / f"{names[flags]}-{seed}" for seed in range(seeds)]
+def folders(out: Path, name: str, seeds: int) -> list[Path]:
+    """The folders of a run's seeds. Equal names have equal flags in all experiments."""
+    return [out / f"{name}-{seed}" for seed in range(seeds)]
 
 def mean(values: list) -> str:
     """The mean of what is known, and half the range."""
@@ -84,7 +84,7 @@ def table(out: Path, runs: dict, seeds: int) -> str:
     """A markdown table of the runs of an experiment, a row a run."""
     lines = ["| run | flags | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name, flags in runs.items():
-        done = [path / "result.json" for path in folders(out, flags, name, seeds)]
+        done = [path / "result.json" for path in folders(out, name, seeds)]
         results = [checkpoint.read_json(path) for path in done if path.exists()]
         cells = [mean([result.get(key) for result in results]) for key in COLUMNS.values()]
         lines.append(f"| {name} ({len(results)} seeds) | `{flags or 'default'}` | {' | '.join(cells)} |")
@@ -96,8 +96,8 @@ def plot(out: Path, number: int, runs: dict) -> str:
     keys = CURVES[number]
     figure = Figure(figsize=(4.6 * len(keys), 3.2))
     for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
-        for name, flags in runs.items():
-            path = folders(out, flags, name, 1)[0]
+        for name in runs:
+            path = folders(out, name, 1)[0]
             points = charts.points(checkpoint.read_log(path) if path.exists() else [], key)
             axis.plot(*zip(*points), label=name) if points else None
         recorded = charts.RECORDED.get(key)
@@ -121,11 +121,13 @@ def main(argv=None):
     more = more if "--data" in more or "--validate" in more else ["--validate", "dev", *more]
     page = ["# Why the recorded runs failed",
             f"`python -m harness.autopsy --steps {args.steps} --seeds {args.seeds} {' '.join(more)}`"]
-    for number in args.only:
-        title, runs = EXPERIMENTS[number]
-        for name, flags in runs.items():
-            for seed, folder in enumerate(folders(args.out, flags, name, args.seeds)):
-                if not (folder / "result.json").exists():
+    for number, (title, runs) in EXPERIMENTS.items():
+        for name, flags in runs.items() if number in args.only else ():
+            for seed, folder in enumerate(folders(args.out, name, args.seeds)):
+                if (folder / "result.json").exists():
+                    steps = checkpoint.read_json(folder / "result.json")["steps"]
+                    need(steps <= args.steps, f"{folder} has {steps} steps; give another --out folder")
+                else:
                     run([*flags.split(), *more, "--steps", str(args.steps), "--seed", str(seed)], folder)
         page += [f"## {number}. {title}", table(args.out, runs, args.seeds), plot(args.out, number, runs)]
         write_file(args.out / "autopsy.md", ("\n\n".join(page) + "\n").encode())

@@ -85,29 +85,38 @@ def uses_legacy(cfg: Config) -> bool:
     tables = lejepa.QUANTIZERS | lejepa.OBJECTIVES | lejepa.PREDICTORS
     return bool(cfg.legacy or cfg.faithful or {cfg.code, cfg.objective, cfg.context} - tables.keys())
 
+def check_limits(cfg: Config):
+    for name, (low, high) in LIMITS.items():
+        value = getattr(cfg, name)
+        needed = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        need(value is None or low <= value <= high and value < math.inf,           # which refuses nan too
+             f"--{name.replace('_', '-')} {value}: needs {needed}")
+
 def parse_flags(argv: list[str] | None = None) -> Config:
     """The Config of a command line. Exits with status 2 and one line for a flag that is wrong or ignored."""
     parser = make_parser()
     try:
         flags = parser.parse_args(argv)
         cfg = Config(**vars(add_preset(parser, flags, argv)))
+        check_limits(cfg)
+        need(not cfg.faithful or cfg.objective in ("sum", "broken"),
+             f"--faithful would be ignored by --objective {cfg.objective}: give a preset, sum or broken")
         if uses_legacy(cfg):
             lejepa.Variants()["check"](lejepa.resolve_defaults(cfg), flags.legacy)
     except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError:
         parser.error("there is no legacy.py; leave out --preset, --legacy, --faithful and its choices")
-    for name, (low, high) in LIMITS.items():
-        value = getattr(cfg, name)
-        if value is not None and not (low <= value <= high and value < math.inf):  # refuses nan too
-            needed = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            parser.error(f"--{name.replace('_', '-')} {value}: needs {needed}")
     if cfg.resume and cfg.run is None:
         parser.error("--resume needs --run FOLDER, the run to continue")
     if cfg.resume and cfg.profile:
         parser.error("--resume would be ignored: --profile traces the first steps of a run; leave one out")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    if cfg.device == "mps":
+        if not torch.backends.mps.is_available():
+            parser.error("--device mps: torch finds no Apple GPU here; use --device cpu or auto")
+        cfg = dataclasses.replace(cfg, dtype="fp32")   # where bf16 has not been tried
     codebooks = ("ema", "vq", "gradient", "gumbel")    # whose weight in the loss does not change with lam
     without_lam = {"infonce": ("none", "fsq"), "sum": ("none", "fsq", *codebooks)}
     if cfg.code in without_lam.get(cfg.objective, ()) and cfg.lam != Config.lam:
@@ -116,7 +125,7 @@ def parse_flags(argv: list[str] | None = None) -> Config:
     if cfg.objective in ("infonce", "sum") and cfg.memory != Config.memory:
         parser.error(f"--memory {cfg.memory} would be ignored: --objective {cfg.objective} has a queue")
     if cfg.code in codebooks and cfg.lam == 0:
-        parser.error("--lam 0: the commitment of --code ema is scaled by lam; give a small lam instead")
+        parser.error(f"--lam 0: lam scales the commitment of --code {cfg.code}; give a small lam instead")
     return lejepa.resolve_defaults(cfg)
 # -------------------------------------------------------------------------------------------------- folder
 @functools.cache
@@ -253,7 +262,8 @@ class RunLog:
     def after_step(self, done: int, metrics: dict, batch) -> bool:
         """Logs, evaluates and saves where it is due. True when the run is to end."""
         self.count(done, metrics, batch)
-        evaluate = done % eval_interval(self.cfg) == 0 or done == self.cfg.steps
+        interval = min(eval_interval(self.cfg), max(1, self.stopping.patience // 5))
+        evaluate = done % interval == 0 or done == self.cfg.steps
         due = evaluate or done % LOG_EVERY == 0
         if due or (self.received and distributed.ranks() == 1):
             values = self.read(metrics)                # the only line that waits for the device
@@ -371,6 +381,8 @@ class RunLog:
         model = self.model.eval()
         result = result_figures(add_health(model, evaluation.evaluate(model, untrained, self.held_out)))
         rows = checkpoint.read_log(self.folder)
+        if self.stopping.best_step:
+            result["best_step"] = self.stopping.best_step
         result |= {"loss": self.validation_loss(), "steps": steps, "windows": self.windows,
                    "epochs": self.windows / epoch,
                    "grad_norm_mean": float(self.grad_sum) / steps, "grad_norm_max": float(self.grad_max),
@@ -413,7 +425,7 @@ class FollowerLog(RunLog):
     """The log of a rank other than the first, which ends with the others and writes nothing."""
 
     def __init__(self, cfg: Config, start: int):
-        self.cfg, self.saved = cfg, start
+        self.cfg, self.saved, self.stopping = cfg, start, EarlyStopping(math.inf, 0.0)
         self.first_bad = torch.zeros(1, device=cfg.device)
 
     def count(self, step: int, metrics: dict, batch):
@@ -425,7 +437,7 @@ class FollowerLog(RunLog):
             raise SystemExit(1)                        # the first rank says why
         return {}
 
-    def save(self, step: int):
+    def save(self, step: int, is_best: bool = False):
         self.saved = step
 
     evaluate = lambda self, step: {}

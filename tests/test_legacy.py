@@ -103,7 +103,7 @@ def test_the_relational_term_compares_the_largest_objects_slot_by_slot_or_with_t
                 pairs += count ** 2
             assert found["slot"].item() == pytest.approx(total / pairs, rel=1e-3)
         same = objective.between(batch.grids, batch.index[:, [-1, -1]])
-        assert float(same) == pytest.approx(0, abs=1e-6)
+        assert float(same.detach()) == pytest.approx(0, abs=1e-6)
     assert found["set"] != found["slot"]
 
 
@@ -504,8 +504,9 @@ def test_early_stopping_ends_the_run_with_its_best_weights(go, tmp_path):
     flags = "--legacy", "patience=40,min_delta=1000"   # no loss is better than the first by so much
     said = go(tmp_path / "run", *flags, steps=40)
     rows = [row for row in harness.run.checkpoint.read_log(tmp_path / "run") if "validation_loss" in row]
-    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30] and "nDCG" in said
-    assert lejepa.read_checkpoint(tmp_path / "run")[1]["step"] == 5
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24, 28] and "nDCG" in said
+    assert lejepa.read_checkpoint(tmp_path / "run")[1]["step"] == 4
+    assert harness.run.checkpoint.read_json(tmp_path / "run" / "result.json")["best_step"] == 4
 
 
 def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_experiment(
@@ -530,6 +531,50 @@ def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_exper
     shutil.rmtree(out / "infonce-1")
     autopsy.main([*words, "--only", "6"])
     assert [name for name, _ in taken[first:]] == ["infonce-1"]
+
+
+def test_runs_of_the_autopsy_with_one_name_have_one_set_of_flags_and_its_faults_are_those_of_legacy():
+    named = {}
+    for _, runs in autopsy.EXPERIMENTS.values():
+        for name, flags in runs.items():
+            assert named.setdefault(name, flags) == flags
+    assert len(set(named.values())) == len(named) and set(autopsy.FAULTS) == set(legacy.FAULTS)
+
+
+def test_presets_differ_from_each_other_and_scale_by_their_own_epochs():
+    texts = [str(preset) for preset in legacy.VARIANTS["presets"].values()]
+    assert len(set(texts)) == len(texts)
+    cfgs = {epochs: config(steps=950, legacy=f"epochs={epochs}") for epochs in (20, 80)}
+    warm = {epochs: legacy.RecordedAdam(torch.nn.Linear(2, 2), cfg).warmup for epochs, cfg in cfgs.items()}
+    assert warm == {20: 500, 80: 125}                  # 1000 of their 1900 and 7600 steps
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--faithful", "--faithful would be ignored by --objective lejepa"),
+    ("--objective broken --legacy unit=yes", "needs --memory 0"),
+    ("--objective broken --memory -1", "--memory -1: needs 0"),
+    ("--code vq --lam 0", "--code vq")])
+def test_what_would_be_ignored_or_cannot_be_is_refused_in_one_line(capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        harness.run.parse_flags(flags.split())
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["relu", "shapeless"])
+def test_an_averaged_target_has_the_faults_of_its_encoder(fault):
+    model, *_ = build(objective="broken", memory=0, legacy=f"target=averaged,{fault}=yes")
+    target = model.objective.average.target
+    if fault == "relu":
+        assert isinstance(target.projector[-1], torch.nn.ReLU)
+    else:
+        assert target.objects.mlp._forward_pre_hooks
+
+
+def test_a_quantizer_that_cannot_leave_training_mode_does_not_follow_the_average(monkeypatch):
+    model, *others = build(objective="sum", code="vq", legacy="training_mode=yes")
+    steps(1, model, *others)
+    assert not model.objective.infonce.target.quantizer.training
+    assert model.averaged.encoder.quantizer.started    # evaluation does not begin the codebook anew
 
 
 @pytest.mark.whole

@@ -103,6 +103,15 @@ BAD_FLAGS = [("--steps 0", "--steps 0"), ("--steps -3", "--steps"), ("--steps ma
              ("--run x --resume --profile", "--resume"), ("surplus", "surplus")]
 
 
+@pytest.mark.parametrize("device, backend", [("cuda", torch.cuda), ("mps", torch.backends.mps)])
+def test_a_device_that_torch_does_not_find_is_refused_and_mps_takes_fp32(
+        capsys, monkeypatch, device, backend):
+    monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert f"--device {device}: torch finds no" in refused(capsys, monkeypatch, "--device", device)
+    monkeypatch.setattr(backend, "is_available", lambda: True)
+    assert harness.run.parse_flags(["--device", device]).dtype == ("bf16" if device == "cuda" else "fp32")
+
+
 @pytest.mark.parametrize("flags, said", BAD_FLAGS)
 def test_a_bad_flag_gets_one_line_and_status_2(capsys, monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)
