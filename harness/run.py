@@ -262,7 +262,7 @@ class RunLog:
     def after_step(self, done: int, metrics: dict, batch) -> bool:
         """Logs, evaluates and saves where it is due. True when the run is to end."""
         self.count(done, metrics, batch)
-        interval = min(eval_interval(self.cfg), max(1, self.stopping.patience // 5))
+        interval = max(1, int(min(eval_interval(self.cfg), self.stopping.patience / 5)))
         evaluate = done % interval == 0 or done == self.cfg.steps
         due = evaluate or done % LOG_EVERY == 0
         if due or (self.received and distributed.ranks() == 1):
