@@ -21,7 +21,7 @@ import lejepa
 from arc_data import need
 from harness import checkpoint, decoder, report, symbols
 from harness.checkpoint import write_file
-from harness.health import add_health, object_ids
+from harness.health import add_health, label_free_score, object_ids
 from harness.run import Parser, is_out_of_memory
 from harness.views import Views
 
@@ -272,11 +272,12 @@ def compare_runs(args):
     loaded = {name: lejepa.load_run(path) for name, path in zip(names, args.runs)}
     logs = {name: checkpoint.read_log(path) for name, path in zip(names, args.runs)}
     tasks, _ = read_tasks(loaded[names[0]][1], args.data)
-    result, first, codes = {"data": args.data, "runs": {}}, None, {}
+    result, first, codes = {"data": args.data, "label_free": {}, "runs": {}}, None, {}
     for name, (model, _) in loaded.items():
         say(f"evaluating {name}")
         done = evaluation.evaluate(model, None, tasks)
         first = first or done
+        result["label_free"][name] = label_free_score(done)
         entries = result["runs"][name] = {}
         for metric, (values, task) in done.values.items():
             entries[metric] = {"value": float(values.mean()),
@@ -291,6 +292,10 @@ def compare_runs(args):
     page = report.compare_page(out, result, logs)
     print(table(report.compare_runs(result["runs"])))
     print(f"in brackets: 95 % intervals over tasks; second figures: the paired difference from {names[0]}")
+    scores = result["label_free"]
+    print("prediction error + SIGReg(z), which reads no label:",
+          ", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
+    print(f"the rule's choice is the least: {min(scores, key=scores.get)}")
     print(f"written: {out / 'compare.json'}, {page}")
 
 def code_agreement(a: np.ndarray, b: np.ndarray) -> float:

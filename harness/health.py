@@ -13,7 +13,7 @@ from torch import Tensor
 
 import arc_data
 from eval import Evaluation
-from lejepa import CODE_SIZE, sigreg
+from lejepa import CODE_SIZE, local_sigreg, sigreg
 
 SAMPLE = 4096   # windows behind an effective rank
 SIGREG_NULL = 1.05246                          # expected SIGReg of samples from N(0, I)
@@ -52,6 +52,16 @@ def embedding_health(z: Tensor) -> dict[str, float]:
             "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)),
             "gaussian_score": float(1 / (1 + off)),
             "sigreg_over_null": tested / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
+def label_free_score(done: Evaluation) -> float:
+    """Prediction error + SIGReg(z) of the distinct targets, at equal weights whatever lam is; low is good.
+
+    It reads no label and no rank: the error falls where z collapses, and SIGReg(z) rises there.
+    """
+    scale = done.z.shape[1] ** 0.5 / done.z.norm(dim=1).mean()
+    z, z_hat = done.z * scale, done.z_hat * scale
+    error = (z_hat - z[done.windows.index[:, 3]]).square().mean()
+    targets = z[done.windows.outputs]
+    return float(error + local_sigreg(targets, targets[:0], torch.zeros((), dtype=torch.int64)))
 # ------------------------------------------------------------------------------------------------- codes
 def object_ids(grids: list) -> tuple[np.ndarray, arc_data.Tokens]:
     """The bitmap of each token (n,), which is all that the quantizer reads, as a number; and the tokens."""

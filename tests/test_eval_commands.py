@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from test_eval import Toy
 import arc_data
 import eval as evaluation
 import lejepa
-from harness import commands, decoder
+from harness import commands, decoder, health
 from harness.views import Views
 
 ROOT = Path(__file__).parent.parent
@@ -397,6 +398,24 @@ def test_compare_puts_runs_side_by_side_paired_with_the_first(run, capsys):
         assert second[metric]["value"] == pytest.approx(alone[metric]["model"])
     assert "codes" not in first and -0.1 < second["codes"]["agreement"] <= 1
     assert f"{first['within_task']['value']:.3f}" in screen
+    scores = result["label_free"]
+    assert set(scores) == {"run", "other"}
+    assert screen.count(f"the rule's choice is the least: {min(scores, key=scores.get)}\n") == 1
+
+
+def test_the_rule_without_labels_is_the_error_plus_the_crowding_of_distinct_targets(tasks):
+    z = torch.nn.functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    z_hat = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    index = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [4, 5, 6, 7], [6, 7, 4, 8]])
+    outputs = np.array([1, 3, 5, 7, 8])
+    windows = types.SimpleNamespace(index=index, outputs=outputs)
+    found = health.label_free_score(types.SimpleNamespace(z=z, z_hat=z_hat, windows=windows))
+    error = ((z_hat - z[index[:, 3]]) ** 2).mean() * 6             # lengths become sqrt(6)
+    logs = []
+    for i in outputs:
+        others = z[[j for j in outputs if j != i]]
+        logs.append(np.log(np.exp(-10 * ((others - z[i]) ** 2).sum(1).numpy()).mean()))
+    assert found == pytest.approx(float(error) + 2 + 0.1 * np.mean(logs), rel=1e-5)
 
 
 def test_codes_agree_up_to_a_renaming_and_by_chance_not_at_all():
