@@ -577,6 +577,7 @@ def test_a_quantizer_that_cannot_leave_training_mode_does_not_follow_the_average
     assert model.averaged.encoder.quantizer.started    # evaluation does not begin the codebook anew
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_autopsy_takes_2_steps_of_a_preset_by_the_command_and_says_where_one_fails(task_folder, tmp_path):
     flags = ["--preset", "gentle", "--faithful", "--data", str(task_folder), "--batch-size", "12",
