@@ -11,6 +11,7 @@ under any of the 8 symmetries and any permutation of the 10 colours.
 import hashlib
 import json
 import os
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -332,14 +333,14 @@ class Grids(NamedTuple):
 
 def pack(counts) -> tuple[np.ndarray, int]:
     """Packs grids of `counts` tokens into rows of SLOTS: first slot (G,) of each grid, and number of rows."""
-    left = np.argsort(-counts, kind="stable").tolist()                         # the largest grid first
+    left = deque(np.argsort(-counts, kind="stable").tolist())                  # the largest grid first
     first = np.empty(len(counts), dtype=np.int64)
     end = 0                                             # of the row that is filled
     while left:
         slot = end
         end += SLOTS
         while left and slot + counts[left[-1]] <= end:  # the smallest fits; take the largest if it fits too
-            grid = left.pop(0 if slot + counts[left[0]] <= end else -1)
+            grid = left.popleft() if slot + counts[left[0]] <= end else left.pop()
             first[grid] = slot
             slot += counts[grid]
     return first, end // SLOTS
