@@ -22,6 +22,7 @@ FAULTS = dict.fromkeys(("unit", "relu", "shapeless", "training_mode", "padding",
                        ("no", "yes")) | {"vq_loss": ("used", "none")}
 ALIGNED = "--preset lejepa-aligned --faithful --lr 0.003 --legacy optimizer=muon"
 CLEAN = ALIGNED.replace("--faithful ", "")             # no fault at all
+GENTLE = "--preset gentle --lr 0.003 --weight-decay 0.5 --legacy optimizer=muon"
 SUM = "--objective sum --code none --legacy relational=0.025"
 EXPERIMENTS = {  # number: (title, {name of a run: its flags})
     1: ("SIGReg of embeddings of length 1", {
@@ -49,7 +50,8 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
         "relu": "--objective broken --legacy relu=yes"} | {
         name: f"--preset {name}" for name in (
             "sixth", "no-vq", "no-refresh", "gentle", "optimized", "production", "v2", "stable-production",
-            "lejepa-aligned", "gumbel", "combined")})}
+            "lejepa-aligned", "gumbel", "combined")} | {
+        "gentle-muon": GENTLE, "gentle-muon-analogy": f"{GENTLE} --context analogy"})}
 COLUMNS = {  # of the tables: heading -> figure of result.json
     "nDCG@10 without out1": "ndcg10_without_out1", "within-task": "within_task",
     "all demonstrations": "all_demonstrations", "rank context": "effective_rank_context",
