@@ -310,7 +310,12 @@ def test_a_kept_result_equals_its_row():
         assert (path.parent / "result.png").exists()
 
 
-def test_the_table_of_digits_equals_the_records():
-    for row, name in zip(page_rows("digits"), ("digits-untrained", "digits-levels3"), strict=True):
-        record = runs_of(name)[0]
-        assert row[1:] == [f"{record['linear']:.4f}", f"{record['knn']:.4f}"]
+IMAGES = {"digits": ["untrained", "levels3", "levels1", "ema", "masks", "vicreg", "supervised"],
+          "cifar10": ["untrained", "levels3", "levels1", "vicreg", "supervised", "long"]}
+
+
+@pytest.mark.parametrize("data", IMAGES)
+def test_the_tables_of_images_equal_the_records(data):
+    for (_, *cells), name in zip(page_rows(data), IMAGES[data], strict=True):
+        records = [[row[figure] for row in runs_of(f"{data}-{name}")] for figure in ("linear", "knn")]
+        assert cells == [span(values) if len(values) > 1 else f"{values[0]:.4f}" for values in records]
