@@ -137,7 +137,8 @@ class Gumbel(GradientCodebook):
         return (F.gumbel_softmax(self.logits(y), temperature) @ self.vectors).transpose(0, 1).flatten(1)
 
     def regulariser(self, y: Tensor, directions: Tensor) -> Tensor:
-        entropy = torch.special.entr(self.logits(y).softmax(-1).mean(1)).sum(-1).mean()
+        share = self.logits(y).softmax(-1).mean(1).clamp(min=1e-9)   # at 0 its gradient is inf
+        entropy = torch.special.entr(share).sum(-1).mean()
         return self.weight * self.weights[0] * (math.log(self.size) - entropy)
 
 class FSQ(GaussianQuantizer):
@@ -154,7 +155,6 @@ class FSQ(GaussianQuantizer):
         return (2 * self.level(y) + 1) / self.levels - 1 + (torch.tanh(y) - torch.tanh(y).detach())
 
     regulariser = lejepa.NoQuantizer.regulariser
-
 # ---------------------------------------------------------------------------------------------- objectives
 class Broken(LeJEPALoss):
     """LeJEPA with what breaks it: an averaged or a stopped target, or a fault of the recorded runs."""

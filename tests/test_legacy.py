@@ -191,6 +191,14 @@ def test_the_loss_of_each_codebook_is_that_of_vq_vae_or_as_its_fault_says():
         assert float(0.5 * ema.regulariser(y, None)) == pytest.approx(float(beta * error), rel=1e-5)
 
 
+def test_the_entropy_of_gumbel_has_a_gradient_where_a_code_is_out_of_reach():
+    book = legacy.Gumbel(config(steps=10, legacy="size=256"))
+    book.train()(torch.cat([normal(150, 20), 100 + normal(150, 20)]))      # codes near 0 and near 100
+    y = normal(50, 20, seed=1).requires_grad_()
+    book.regulariser(y, None).backward()
+    assert y.grad.isfinite().all() and y.grad.abs().sum() > 0
+
+
 def test_gumbel_anneals_from_1_to_a_tenth_and_is_hard_in_evaluation():
     book = legacy.Gumbel(config(steps=10, legacy="size=256"))
     y, seen = normal(300, 20).requires_grad_(), []
