@@ -517,6 +517,8 @@ def test_early_stopping_ends_the_run_with_its_best_weights(go, tmp_path):
     assert harness.run.checkpoint.read_json(tmp_path / "run" / "result.json")["best_step"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.whole
 def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_experiment(
         go, tmp_path, monkeypatch, capsys):
     toy_run, out, taken = tmp_path / "toy", tmp_path / "autopsy", []
