@@ -187,7 +187,7 @@ def test_without_a_compiler_the_run_goes_on_eagerly_with_one_line_and_its_record
         return fail
     monkeypatch.setattr(torch, "compile", broken)
     pair = (np.eye(3, dtype=np.int8), np.ones((3, 3), np.int8))
-    cfg = dataclasses.replace(setting()[0], compile=True, profile=True, run=str(tmp_path))
+    cfg = dataclasses.replace(setting()[0], steps=1, compile=True, profile=True, run=str(tmp_path))
     _, model, *_ = run.prepare(cfg, {"a": Task([pair, pair[::-1]], [])}, {}, 0.0)
     assert "forward" not in vars(model.predictor)
     assert capsys.readouterr().err.count("\n") == 1

@@ -876,6 +876,7 @@ def test_the_figures_of_a_sample_of_all_windows_are_the_full_ones(windows, done)
     model, result = Toy(), run.result_figures(done)
     pool = model.embed([windows.grids[i] for i in windows.outputs])
     sample = run.evaluate_sample(model, windows, pool, limit=10**6)
+    result |= {name: done.health["target"][name] for name in ("variance", "isotropy", "gaussian_score")}
     assert {name: pytest.approx(result[name], rel=1e-5) for name in sample} == sample
     some = run.evaluate_sample(model, windows, pool, limit=20, seed=5)
     chosen = np.sort(np.random.default_rng(5).permutation(len(windows.task))[:20])
