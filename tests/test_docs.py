@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs"
@@ -219,6 +220,37 @@ def test_every_figure_in_the_tables_equals_the_record_of_its_run():
                 elif names[0] == "run" or fnmatch.filter(known, cells[0].strip("`")):
                     checked += check_run(page, names, cells, known)
     assert checked > 150
+
+
+def test_the_rule_without_labels_has_the_rank_correlations_of_its_runs():
+    rows = [row for name, row in history().items() if name.startswith("rule-")]
+    y, other = ([row[key] for row in rows] for key in ("ndcg10_without_out1", "arcagi2_ndcg10_without_out1"))
+    scores, others = ([-row[key] for row in rows] for key in ("label_free", "arcagi2_label_free"))
+    loss = [-row["training_loss"] / row["flags"]["lam"] ** 0.4 for row in rows]
+    found = [f"{spearmanr(a, b)[0]:.2f}" for a, b in (
+        (scores, y), (others, other), (scores, other), (loss, y), (loss, other))]
+    text = " ".join((RUNS / "LOG.md").read_text().split())
+    assert len(rows) == 24
+    assert "rule) {3}; {4}. Prediction".format(*found) in text
+    assert "at equal weights {0}; {1}, measured on dev against ARC-AGI-2 {2}.".format(*found) in text
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "is {0} on dev, and {2} between".format(*found) in text
+    assert "authors, is {3} (".format(*found) in text
+
+
+def test_the_tables_of_the_autopsy_equal_the_records():
+    known, checked = history(), 0
+    for section in (RUNS / "autopsy.md").read_text().split("\n## ")[1:]:
+        prefix = "autopsy-fault-" if section[0] == "4" else "autopsy-"
+        pattern = r"^\| `([\w-]+)` \| (\S+) \| (\S+) \| (\S+) \| (\d+) / (\d+) \|"
+        for name, *cells in re.findall(pattern, section, re.MULTILINE):
+            row = known[prefix + name]
+            assert cells[:3] == [f"{row[key]:.3f}" for key in (
+                "ndcg10_without_out1", "within_task", "all_demonstrations")], name
+            ranks = [row[f"effective_rank_{role}"] for role in ("context", "target")]
+            assert cells[3:] == [f"{rank:.0f}" for rank in ranks], name
+            checked += 1
+    assert checked > 30
 
 
 # ---- the history and the folders -------------------------------------------------------------------------
