@@ -52,6 +52,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
             "isotropy": float((values[0] + 1e-8) / (values[-1] + 1e-8)),
             "gaussian_score": float(1 / (1 + off)),
             "sigreg_over_null": tested / SIGREG_NULL, "sigreg_n": size, "n": len(z)}
+
 def label_free_score(done: Evaluation) -> float:
     """Prediction error + SIGReg(z) of the distinct targets, at equal weights whatever lam is; low is good.
 
