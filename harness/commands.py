@@ -141,8 +141,8 @@ def evaluate_run(args):
     seconds = report.number(result.get("seconds"))
     facts = {"run": args.run.absolute().name, "trained on": cfg.data, "validated on": cfg.validate,
              "objective": cfg.objective, "code": cfg.code, "size": cfg.size, "lam": cfg.lam, "seed": cfg.seed,
-             "views": args.views, "steps": result.get("steps"),
-             "minutes": seconds and f"{seconds / 60:.1f}", "device": result.get("device"), "commit": config.get("commit")}
+             "views": args.views, "steps": result.get("steps"), "minutes": seconds and f"{seconds / 60:.1f}",
+             "device": result.get("device"), "commit": config.get("commit")}
     criteria = report.criteria(log, result, cfg.lam, done)
     record = {name: {"met": met, "figure": text} for name, met, text in criteria}
     write_file(out / "eval.json", to_json({"data": done.data} | done.metrics))
