@@ -786,7 +786,7 @@ def test_a_model_that_knows_the_truth_scores_1(tasks, windows, tests):
     for metric in (*evaluation.RETRIEVAL, *evaluation.DEMONSTRATIONS, *evaluation.HARD):
         assert found.metrics[metric]["model"] == 1 and found.metrics[metric]["interval"] == (1, 1), metric
         assert found.metrics[metric]["baselines"] == {}
-    assert found.health["prediction"] == 0 and found.health["lead"] == {}
+    assert found.health["prediction"] < 1e-9 and found.health["lead"] == {}  # 0 but for rounding
 
 
 def test_a_shuffled_context_is_a_pair_of_another_task(windows):
