@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lejepa
-from arc_data import Batch, Grids, TaskSet, pairs_of, tokenise
+from arc_data import BYTES, SIDE, Batch, Grids, Task, TaskSet, pairs_of, tokenise, turn_boxes
 from lejepa import CODES, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
 
 EPOCH = 95                                             # steps of the recorded runs in an epoch
@@ -24,18 +24,19 @@ EPOCH = 95                                             # steps of the recorded r
 OFF = ("no", "yes")
 SETTINGS = {  # of --legacy, by what reads them: name and default; of several words the first is the default
     "--objective sum": {
-        "sigreg_z": 0.1, "relational": 0.0, "context_self": 0.0, "colour": 0.0,       # weights of its terms
+        "sigreg_z": 0.1, "relational": 0.0, "context_self": 0.0, "next_frame": 0.0,   # weights of its terms
+        "colour": 0.0, "translation": 0.0, "symmetry": 0.0, "masked": 0.0,            # of its invariances
         "balance": ("fixed", "gradnorm", "uncertainty"),
         "temperature": 0.07, "coldest": 0.05, "warmest": 0.2},
     "relational and context_self": {"normalised": OFF, "matching": ("slot", "set")},
-    "--objective broken": {"target": ("trained", "averaged", "stopped")},
+    "--objective broken": {"target": ("trained", "averaged", "stopped"), "margin": 0.0},
     "--objective sum and broken": {"unit": OFF, "relu": OFF, "shapeless": OFF, "training_mode": OFF},
     "--objective sum and broken with --code vq": {"padding": OFF},
     "--code vq, gradient and gumbel": {"size": ("768", "384", "256"), "codes": ("1", "2", "4"),
                                        "commitment": 0.25, "vq_loss": ("used", "none", "swapped")},
     "--code vq": {"decay": 0.99, "start": ("data", "cold"), "refresh": 0}, "refresh": {"threshold": 0.01},
     "every run": {"optimizer": ("muon", "adam"), "curriculum": OFF, "patience": 0, "same_grid": OFF,
-                  "recolour": OFF, "epochs": 80},
+                  "recolour": OFF, "scaling": OFF, "epochs": 80},
     "patience": {"min_delta": 0.003}, "optimizer=adam": {"warmup": 1000, "clip": 0.5}}
 DEFAULTS = {name: default for group in SETTINGS.values() for name, default in group.items()}
 READERS = {name: reader for reader, group in SETTINGS.items() for name in group}
@@ -157,11 +158,15 @@ class FSQ(GaussianQuantizer):
     regulariser = lejepa.NoQuantizer.regulariser
 # ---------------------------------------------------------------------------------------------- objectives
 class Broken(LeJEPALoss):
-    """LeJEPA with what breaks it: an averaged or a stopped target, or a fault of the recorded runs."""
+    """LeJEPA with what breaks it: an averaged or a stopped target, or a fault of the recorded runs.
+
+    With `margin` a window whose error is not 0.1 below that against another task's target adds to the loss.
+    """
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
-        self.target = setting(cfg, "target") if cfg.objective == "broken" else "trained"
-        self.unit = setting(cfg, "unit")
+        self.target, self.margin, self.unit = "trained", 0.0, setting(cfg, "unit")
+        if cfg.objective == "broken":
+            self.target, self.margin = setting(cfg, "target"), setting(cfg, "margin")
         if self.unit and len(self.memory):
             raise ValueError("--legacy unit=yes needs --memory 0: the local SIGReg takes length sqrt(D)")
         if cfg.objective == "sum" or len(getattr(model.encoder.quantizer, "vectors", range(CODES))) < CODES:
@@ -184,9 +189,15 @@ class Broken(LeJEPALoss):
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)
+        target = z[batch.index[:, -1]]
+        if self.margin:
+            others = target.roll(len(target) // 2, 0)  # windows of a task stand together
+            error, other = ((z_hat - x).square().mean(1) for x in (target, others))
+            terms["margin"] = F.relu(0.1 + error - other).mean()
+            loss = loss + self.margin * terms["margin"]
         if self.target == "trained":
             return loss, terms
-        target = z[batch.index[:, -1]].detach()
+        target = target.detach()
         if self.target == "averaged":
             keys, own = self.average.targets(batch, model)
             self.average.filled += self.training       # the first call copies the encoder, the others average
@@ -206,12 +217,15 @@ class WeightedSum(Broken):
     def __init__(self, model, cfg):
         super().__init__(model, dataclasses.replace(cfg, memory=0))
         read = partial(setting, cfg)
-        weights = {name: read(name) for name in ("sigreg_z", "relational", "context_self", "colour")}
+        names = ("sigreg_z", "relational", "context_self", "next_frame", *VIEWS)
+        weights = {name: read(name) for name in names}
         self.weights = {"prediction": 1.0} | {name: weight for name, weight in weights.items() if weight}
         self.infonce = InfoNCE(model, cfg, read("temperature"), read("coldest"), read("warmest"))
         if weights["relational"] or weights["context_self"]:
             self.normalised, self.by_slot = read("normalised"), read("matching") == "slot"
             model.encoder.widen.register_forward_hook(lambda part, inputs, x: setattr(self, "tokens", x))
+        if weights["next_frame"]:
+            self.next_frame = nn.Linear(lejepa.SIZES[cfg.size].dim, lejepa.SIZES[cfg.size].dim)
         self.balance, self.readout = read("balance"), self.infonce.readout
         if self.balance == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(len(self.weights)))
@@ -224,11 +238,14 @@ class WeightedSum(Broken):
         for name, sides in (("relational", [-2, -1]), ("context_self", [0, -2])):
             if name in self.weights:
                 terms[name] = self.between(batch.grids, batch.index[:, sides])
-        if "colour" in self.weights:
-            quantizer = model.in_use[0].quantizer
-            moves, quantizer.training = quantizer.training, False  # the recoloured grids move no codebook
-            terms["colour"] = (model.in_use[0](recoloured(batch.grids))[0] - z).square().mean()
-            quantizer.training = moves
+        if "next_frame" in self.weights:               # an output from its input alone; z alternates in, out
+            terms["next_frame"] = (self.next_frame(z[0::2]) - z[1::2]).square().mean()
+        encoder, _ = model.in_use
+        moves, encoder.quantizer.training = encoder.quantizer.training, False   # views move no codebook
+        for name, view in VIEWS.items():
+            if name in self.weights:
+                terms[name] = (encoder(view(batch.grids))[0] - z).square().mean()
+        encoder.quantizer.training = moves
         parts = [weight * terms[name] for name, weight in self.weights.items()]
         return sum(self.balanced(parts, model)) + lam * terms["sigreg_y"], terms
 
@@ -268,11 +285,58 @@ def gradnorm(shares: Tensor, ratios: Tensor, norms: Tensor) -> Tensor:
     shares = (shares - WeightedSum.RATE * step).clamp(min=1e-3)
     return shares * len(shares) / shares.sum()
 
+# --------------------------------------------------------------------------------------------------- views
 def recoloured(grids: Grids, generator=None) -> Grids:
     """Each grid under a permutation of the colours of its own."""
     count = len(grids.first)
     colours = torch.rand(count, 10, generator=generator).argsort(1).to(grids.first.device)
     return grids._replace(colour=colours[grids.grid.clamp(max=count - 1), grids.colour])
+
+def masked(grids: Grids) -> Grids:
+    """Each grid without about a seventh of its objects."""
+    count, hidden = len(grids.first), torch.rand(grids.grid.shape, device=grids.grid.device) < 0.15
+    hidden.view(-1)[grids.first] = False
+    owner = grids.grid.masked_fill(hidden, count)
+    return grids._replace(grid=owner, count=owner.flatten().bincount(minlength=count + 1)[:count])
+
+def translated(grids: Grids) -> Grids:
+    """Each grid with its objects moved by one offset, drawn from those that keep them all inside."""
+    count, box = len(grids.first), grids.box.flatten(0, 1)                                     # (n, 4)
+    owner = grids.grid.flatten().index_fill(0, grids.first, count)     # of objects alone
+    owners, corner, size = owner[:, None].expand(-1, 2), box[:, :2], box[grids.first, 2:]
+    low = box.new_full((count + 1, 2), SIDE).scatter_reduce(0, owners, corner, "amin")[:count]
+    high = box.new_zeros(count + 1, 2).scatter_reduce(0, owners, corner + box[:, 2:], "amax")[:count]
+    free = low + size - high + 1
+    offset = (torch.rand(free.shape, device=box.device) * free).long() - low                   # (G, 2)
+    moved = box + F.pad(offset, (0, 2, 0, 1))[owner]
+    whole = torch.zeros_like(corner).index_copy(0, grids.first, offset)  # of a whole grid the bitmap moves
+    return redraw(grids, moved, torch.arange(SIDE, device=box.device) - whole[..., None])
+
+def turned(grids: Grids) -> Grids:
+    """Each grid under a symmetry of its own."""
+    count, place = len(grids.first), torch.arange(SIDE, device=grids.box.device)
+    owner = grids.grid.clamp(max=count - 1)
+    symmetry = torch.randint(8, (count,), device=place.device)[owner]                          # (R, L)
+    box = turn_boxes(grids.box, grids.box.flatten(0, 1)[grids.first][owner], symmetry)
+    box = box.masked_fill((grids.grid == count)[..., None], 0).flatten(0, 1)
+    flips = torch.stack([symmetry & 2, symmetry & 4], -1).bool().view(-1, 2, 1)
+    return redraw(grids, box, torch.where(flips, box[:, 2:, None] - 1 - place, place), symmetry & 1)
+
+def redraw(grids: Grids, box: Tensor, cell: Tensor, transpose: Tensor | None = None) -> Grids:
+    """Other boxes (n, 4); cell (n, 2, 30): the row and column of a bitmap that new ones show, or none."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=box.device)
+    image = ((grids.bits[:, :, None] >> shifts) & 1).flatten(1)[:, :SIDE * SIDE].view(-1, SIDE, SIDE)
+    image = image[grids.object_id.flatten()]                                                   # (n, 30, 30)
+    if transpose is not None:
+        image = torch.where(transpose.view(-1, 1, 1).bool(), image.mT, image)
+    inside, (row, column) = (cell >= 0) & (cell < SIDE), cell.clamp(0, SIDE - 1).unbind(1)
+    image = image.gather(1, row[:, :, None].expand_as(image)).gather(2, column[:, None].expand_as(image))
+    image = image * (inside[:, 0, :, None] & inside[:, 1, None])
+    image = F.pad(image.flatten(1), (0, 8 * BYTES - SIDE * SIDE)).unflatten(1, (BYTES, 8)) << shifts
+    slots = torch.arange(len(box), device=box.device).view_as(grids.object_id)
+    return grids._replace(bits=image.sum(2, dtype=torch.uint8), object_id=slots, box=box.view_as(grids.box))
+
+VIEWS = {"colour": recoloured, "translation": translated, "symmetry": turned, "masked": masked}
 
 # ------------------------------------------------------------------------------------------------ contexts
 class Context(nn.Module):
@@ -320,8 +384,14 @@ class Transformer(Context):
 
 # ------------------------------------------------------------------------------------------------- recipes
 class RecordedTasks(TaskSet):
-    """Training tasks, the easiest first with `curriculum`, and the faults of the recorded data."""
-    def __init__(self, tasks, device="cpu", demonstrations=2, *, steps, curriculum, same_grid, recolour):
+    """Training tasks, the easiest first with `curriculum`, and the faults of the recorded data.
+
+    `scaling` adds each task of small grids once more, with every cell as a square of four.
+    """
+    def __init__(self, tasks, device="cpu", demonstrations=2, *, steps, curriculum, same_grid, recolour,
+                 scaling):
+        if scaling:
+            tasks = tasks | {f"{i} doubled": doubled(task) for i, task in tasks.items() if has_room(task)}
         tasks = dict(sorted(tasks.items(), key=lambda item: difficulty(item[1]))) if curriculum else tasks
         super().__init__(tasks, device, demonstrations)
         self.steps, self.same_grid, self.recolour = steps, same_grid, recolour
@@ -338,6 +408,12 @@ class RecordedTasks(TaskSet):
         if self.same_grid:
             batch = batch._replace(index=batch.index[:, -1:].expand_as(batch.index).contiguous())
         return batch
+
+def has_room(task) -> bool:                             # for its grids at twice the size
+    return max((n for pair in pairs_of(task) for side in pair for n in side.shape), default=SIDE) <= SIDE // 2
+
+def doubled(task) -> Task:
+    return Task([tuple(side.repeat(2, 0).repeat(2, 1) for side in pair) for pair in pairs_of(task)], [])
 
 def difficulty(task) -> float:
     """The mean over a task's grids of log(area * tokens * colours)."""
@@ -366,7 +442,7 @@ class RecordedAdam(torch.optim.Adam):
 def recipe(cfg) -> tuple:
     """What makes the training data, what makes the optimizers, and (steps, least progress) that end a run."""
     read = partial(setting, cfg)
-    faults = {name: read(name) for name in ("curriculum", "same_grid", "recolour")}
+    faults = {name: read(name) for name in ("curriculum", "same_grid", "recolour", "scaling")}
     optimizers = {"muon": lejepa.make_optimizers, "adam": lambda *given: [RecordedAdam(*given)]}
     patience = read("patience") * cfg.steps / read("epochs") or math.inf
     stopping = patience, read("min_delta") if read("patience") else 0.0
@@ -374,8 +450,9 @@ def recipe(cfg) -> tuple:
 
 # ------------------------------------------------------------------------------------------------- presets
 ADAM = "optimizer=adam"
-SIXTH = ADAM + ",colour=0.1,relational=0.05,context_self=0.025,coldest=0.07,warmest=0.15"
-GENTLE = ADAM + ",colour=0.1,commitment=0.15,decay=0.95"
+VIEWED = ",colour=0.1,translation=0.05,symmetry=0.05"
+SIXTH = ADAM + VIEWED + ",relational=0.05,context_self=0.025,coldest=0.07,warmest=0.15"
+GENTLE = ADAM + VIEWED + ",commitment=0.15,decay=0.95"
 STEADY = GENTLE + ",relational=0.025,context_self=0.01,refresh=3000,threshold=0.01"
 # Their SIGReg has no factor N and their L2 is of unit vectors: at our lengths, 192 and 256, these cancel.
 ALIGNED = {"objective": "broken", "lam": 0.05, "memory": 0}

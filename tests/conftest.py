@@ -1,5 +1,8 @@
 """What several test files use: small tasks, and grids turned and recoloured by definitions of their own."""
 import json
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the commands that tests start
 
 import numpy as np
 import pytest

@@ -132,7 +132,7 @@ def test_gradnorm_and_uncertainty_weigh_the_terms_of_the_sum():
             model.objective.log_variance.data = torch.tensor([0.3, -0.2, 0.5])
             s = model.objective.log_variance.detach()
             got = sum(model.objective.balanced(list(parts), model))
-            assert float(got) == pytest.approx(float((torch.exp(-s) * parts + s).sum()), rel=1e-5)
+            assert got.item() == pytest.approx((torch.exp(-s) * parts + s).sum().item(), rel=1e-5)
 
 
 # ---- codes -----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_the_loss_of_each_codebook_is_that_of_vq_vae_or_as_its_fault_says():
         vectors = book.read(book.indices(y))
         loss = 0.5 * book.regulariser(y, None)         # the objective multiplies by lam
         error = (y - vectors).square().mean()
-        assert float(loss) == pytest.approx(float((beta + codebook) * error), rel=1e-5)
+        assert loss.item() == pytest.approx(((beta + codebook) * error).item(), rel=1e-5)
         by_y, by_vectors = torch.autograd.grad(loss, (y, book.vectors), retain_graph=True)
         own = torch.autograd.grad(error, (y, book.vectors))
         torch.testing.assert_close(by_y, beta * own[0])
@@ -331,6 +331,145 @@ def test_adam_warms_up_falls_by_a_cosine_to_a_tenth_and_clips():
         rates.append(adam.param_groups[0]["lr"])
     expected = [1e-3 * min(1, (i + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * i / 76)) for i in range(76)]
     assert rates == pytest.approx(expected) and p.grad is not None
+
+
+# ---- views and the losses that use them -------------------------------------------------------------------
+
+
+def view_grids():
+    """Grids of few colours with a margin, so that objects can move."""
+    rng = np.random.default_rng(3)
+    sides = rng.integers(2, 8, (40, 2))
+    return [np.pad(rng.integers(0, 4, side).astype(np.int8), ((2, 1), (0, 3))) for side in sides]
+
+
+def drawn(grids):
+    """Each grid as an array again, from its tokens; its whole-grid bitmap shows what is not background."""
+    bits = np.unpackbits(grids.bits.numpy(), axis=1, count=900).reshape(-1, 30, 30)
+    flat = {name: value.flatten(0, 1).numpy() for name, value in grids._asdict().items()
+            if name in ("object_id", "colour", "box")}
+    found = []
+    for first, count in zip(grids.first.tolist(), grids.count.tolist()):
+        height, width = flat["box"][first, 2:]
+        cells = np.full((height, width), flat["colour"][first])
+        for slot in range(first + 1, first + count):
+            top, left, h, w = flat["box"][slot]
+            shape = bits[flat["object_id"][slot]]
+            assert not shape[h:].any() and not shape[:, w:].any()
+            part = cells[top:top + h, left:left + w]   # a view; an object outside of the grid does not fit
+            part[shape[:h, :w].astype(bool)] = flat["colour"][slot]
+        whole = bits[flat["object_id"][first]]
+        assert (whole[:height, :width] == (cells != flat["colour"][first])).all() and whole.sum() == (
+            cells != flat["colour"][first]).sum()
+        found.append(cells)
+    return found
+
+
+def pack(grids):
+    return arc_data.TokenTable(grids).pack_grids(np.arange(len(grids)))
+
+
+def test_turned_grids_are_the_tokens_of_turned_grids():
+    grids = view_grids()
+    packed = pack(grids)
+    assert all(map(np.array_equal, drawn(packed), grids))
+    torch.manual_seed(0)
+    symmetries = set()
+    for before, after in zip(grids, drawn(legacy.turned(packed))):
+        fits = [i for i in range(8) if np.array_equal(arc_data.turn(before, i), after)]
+        assert fits
+        symmetries |= set(fits)
+    assert symmetries == set(range(8))
+
+
+def test_translated_grids_have_all_objects_moved_by_one_offset_and_stay_inside():
+    grids, offsets = view_grids(), set()
+    torch.manual_seed(0)
+    for before, after in zip(grids, drawn(legacy.translated(pack(grids)))):
+        background = arc_data.most_common_colour(arc_data.pad([before]))[0]
+        old, new = (np.argwhere(grid != background) for grid in (before, after))
+        offset = (new - old)[0]
+        assert before.shape == after.shape and (new - old == offset).all()
+        assert (before[tuple(old.T)] == after[tuple(new.T)]).all()
+        offsets.add(tuple(offset.tolist()))
+    assert {row for row, _ in offsets} >= {-2, -1, 0, 1} and {column for _, column in offsets} >= {0, 1, 2, 3}
+
+
+def test_masked_grids_lack_some_objects_and_nothing_else():
+    packed = pack(view_grids())
+    torch.manual_seed(0)
+    fewer = legacy.masked(packed)
+    hidden = (fewer.grid != packed.grid).flatten()
+    kept = len(packed.first)
+    assert (fewer.grid.flatten()[hidden] == kept).all() and not hidden[packed.first].any()
+    objects = int(packed.count.sum()) - kept
+    assert 0.08 < int(hidden.sum()) / objects < 0.22
+    assert fewer.count.tolist() == [int((fewer.grid == i).sum()) for i in range(kept)]
+
+
+@pytest.mark.parametrize("name, view", [("colour", "recoloured"), ("translation", "translated"),
+                                        ("symmetry", "turned"), ("masked", "masked")])
+def test_an_invariance_is_the_distance_between_a_grid_and_its_view(name, view, monkeypatch):
+    model, _, data, cfg = build(objective="sum", code="none", legacy=f"{name}=0.5")
+    batch = data.batch(12, 0, 0)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0                               # so that the embeddings of a view are always the same
+    model.train()
+    z, z_hat, y = model(batch)
+    fixed = getattr(legacy, view)(batch.grids)
+    monkeypatch.setitem(legacy.VIEWS, name, lambda grids: fixed)
+    expected = (model.encoder(fixed)[0] - z).square().mean()
+    draws = [lejepa.draw_directions(size, 8, cfg, 0) for size in (TOY.dim, 5)]
+    loss, terms = model.objective.compute_loss(model, batch, z, z_hat, y, *draws, cfg.lam)
+    assert terms[name].item() == pytest.approx(expected.item(), rel=1e-4) and expected > 0
+    others = terms["prediction"] + 0.1 * terms["sigreg_z"]
+    assert loss.item() == pytest.approx((others + 0.5 * expected).item(), rel=1e-4)
+
+
+def test_the_next_frame_of_an_input_is_its_output():
+    model, _, data, cfg = build(objective="sum", code="none", legacy="next_frame=1")
+    batch = data.batch(12, 0, 0)
+    z, z_hat, y = model.train()(batch)
+    draws = [lejepa.draw_directions(size, 8, cfg, 0) for size in (TOY.dim, 5)]
+    terms = model.objective.compute_loss(model, batch, z, z_hat, y, *draws, cfg.lam)[1]
+    pairs = {tuple(sorted(pair)) for row in batch.index.tolist() for pair in zip(row[0::2], row[1::2])}
+    assert pairs <= {(2 * i, 2 * i + 1) for i in range(len(z) // 2)}       # what the loss relies on
+    errors = [(model.objective.next_frame(z[i]) - z[i + 1]).square().mean().item()
+              for i in range(0, len(z), 2)]
+    assert terms["next_frame"].item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_the_margin_compares_each_error_with_that_against_another_tasks_target():
+    model, _, data, cfg = build(objective="broken", legacy="margin=0.05")
+    batch = data.batch(12, 0, 0)
+    with torch.no_grad():
+        z, _, y = model.train()(batch)
+    z_hat = normal(len(batch.index), TOY.dim)
+    draws = [lejepa.draw_directions(size, 8, cfg, 0) for size in (TOY.dim, 5)]
+    loss, terms = model.objective.compute_loss(model, batch, z, z_hat, y, *draws, cfg.lam)
+    targets = batch.index[:, -1].tolist()
+    half = len(targets) // 2
+    values = []
+    for i, own in enumerate(targets):
+        errors = [float((z_hat[i] - z[j]).square().mean()) for j in (own, targets[i - half])]
+        values.append(max(0.0, 0.1 + errors[0] - errors[1]))
+    expected = sum(values) / len(values)
+    assert float(terms["margin"]) == pytest.approx(expected, rel=1e-4) and expected > 0
+    plain = (1 - cfg.lam) * terms["prediction"] + cfg.lam * (terms["sigreg_z"] + terms["sigreg_y"])
+    assert float(loss) == pytest.approx(float(plain) + 0.05 * expected, rel=1e-4)
+
+
+def test_scaling_adds_tasks_at_twice_the_size_where_they_fit():
+    small, large = (np.arange(side * side).reshape(side, side) % 3 for side in (15, 16))
+    tasks = {"small": arc_data.Task([(small, small.T)] * 2, [(small, None)]),
+             "large": arc_data.Task([(large, large.T)] * 2, [])}
+    make_data, _, _ = legacy.recipe(config(legacy="scaling=yes"))
+    plain, scaled = arc_data.TaskSet(tasks), make_data(tasks, "cpu", 2)
+    assert len(plain.sizes) == 2 and len(scaled.sizes) == 3
+    again = legacy.doubled(tasks["small"]).train[0]
+    assert all(np.array_equal(side, np.kron(before, np.ones((2, 2))))
+               for side, before in zip(again, tasks["small"].train[0]))
 
 
 # ---- faults ----------------------------------------------------------------------------------------------
