@@ -551,9 +551,11 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list:
 def update_average(model: LeJEPA, step: int):
     """Moves the averaged weights towards those after `step`: polynomial-decay averaging, arXiv:1212.1824."""
     share = 1 / (1 + AVERAGING_FRACTION * step)
-    trained = model.state_dict()
-    for name, average in model.averaged.state_dict().items():
-        average.lerp_(trained[name], share) if average.is_floating_point() else average.copy_(trained[name])
+    trained, averages = model.state_dict(), model.averaged.state_dict()
+    numbers = [name for name, value in averages.items() if value.is_floating_point()]
+    torch._foreach_lerp_([averages[name] for name in numbers], [trained[name] for name in numbers], share)
+    for name in averages.keys() - numbers:             # counters
+        averages[name].copy_(trained[name])
 
 # ---------------------------------------------------------------------------------------------- 5 Training
 

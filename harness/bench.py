@@ -37,7 +37,7 @@ from torch.autograd import DeviceType
 import arc_data
 import lejepa
 from arc_data import SLOTS, Batch, TaskSet
-from harness import profiling, run
+from harness import gpu, profiling, run
 from harness.checkpoint import write_file
 
 FIRST = 20                                             # steps before the measured ones
@@ -152,9 +152,11 @@ class Step:
     def __init__(self, data: TaskSet, size: str, dtype: str, mode: str, windows: int):
         cfg = lejepa.Config(size=size, dtype=dtype, batch_size=windows, device=data.table.device,
                             compile=mode in ("compiled", "graphs"))
-        self.cfg, self.data, self.mode, self.number = lejepa.resolve_defaults(cfg), data, mode, 0
+        self.cfg, self.data, self.mode = lejepa.resolve_defaults(cfg), copy.copy(data), mode
+        self.number = 0
         self.model = lejepa.build(self.cfg).to(cfg.device).train()
         self.optimizers = lejepa.make_optimizers(self.model, self.cfg)
+        gpu.prepare(self.optimizers, self.data, self.cfg.device)
         if cfg.compile and not profiling.compile_parts(self.model, data, self.cfg):
             raise RuntimeError("torch.compile failed")
 

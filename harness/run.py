@@ -29,7 +29,7 @@ import arc_data
 import eval as evaluation
 import lejepa
 from arc_data import TaskSet, TokenTable, make_windows, need
-from harness import charts, checkpoint, distributed, profiling, report
+from harness import charts, checkpoint, distributed, gpu, profiling, report
 from harness.checkpoint import write_file
 from harness.health import add_health, code_statistics, effective_rank, embedding_health
 from lejepa import Config
@@ -471,6 +471,7 @@ def prepare(cfg: Config, tasks: dict, held_out: dict, begin: float):
     data = make_data(tasks, cfg.device, cfg.demonstrations)
     model = lejepa.build(cfg).to(cfg.device)
     optimizers = make_optimizers(model, cfg)
+    gpu.prepare(optimizers, data, cfg.device)
     if cfg.device == "cpu" and distributed.ranks() == 1:
         profiling.check_memory(model, data, cfg)
     digest = checkpoint.tasks_digest(tasks) + checkpoint.tasks_digest(held_out)

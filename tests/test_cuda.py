@@ -1,12 +1,14 @@
 """On the simulated GPU of simcuda.py: no mixed devices, no hidden wait, the weights of the CPU."""
+import numpy as np
 import pytest
 import torch
 from conftest import synthetic_tasks
 from simcuda import GPUTensor, simulated_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lejepa
 from arc_data import TaskSet
-from harness import bench, checkpoint, run
+from harness import bench, checkpoint, gpu, run
 
 WINDOWS = 24
 MAY_WAIT = ("run.read", "run.evaluate", "run.save", "run.finish", "run.prepare")
@@ -31,7 +33,61 @@ def make(size, device, tasks, code="gaussian", objective="lejepa"):
     cfg = lejepa.resolve_defaults(lejepa.Config(size=size, device=device, dtype="fp32", batch_size=WINDOWS,
                                                 steps=2, compile=False, code=code, objective=objective))
     model = lejepa.build(cfg).to(device).train()
-    return model, lejepa.make_optimizers(model, cfg), TaskSet(tasks, device), cfg
+    optimizers, data = lejepa.make_optimizers(model, cfg), TaskSet(tasks, device)
+    gpu.prepare(optimizers, data, device)
+    return model, optimizers, data, cfg
+
+
+def test_on_a_gpu_the_next_batch_is_drawn_ahead_and_is_the_one_of_its_seed_and_step():
+    data, calls = TaskSet(synthetic_tasks(12)), []
+
+    def draw(*given):
+        calls.append(given)
+        return plain(*given)
+    plain, data.draw = data.draw, draw
+    gpu.prepare([], data, "cuda")
+    for step in (0, 1, 2, 7, 8):
+        found, expected = data.draw(12, 3, step), plain(12, 3, step)
+        assert all(np.array_equal(a, b) for a, b in zip(found[:6], expected[:6]))
+        assert all(np.array_equal(a, b) for a, b in zip(found[6], expected[6]))
+    data.draw.pool.shutdown()
+    assert calls == [(12, 3, step) for step in (0, 1, 2, 3, 7, 8, 9)]      # no step twice
+    data.draw.draw = None                              # the next batch is there already
+    data.draw.ahead[12, 3, 9].result()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+def test_muon_on_a_gpu_has_the_bits_of_the_librarys_and_no_more_launches_for_more_matrices():
+    shapes, launches = [(6, 4), (4, 6), (5, 5)], {}
+    for copies in (1, 4):
+        both = [[torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                 for i, shape in enumerate(shapes * copies)] for _ in range(2)]
+        cfg, vector = lejepa.Config(lr=0.02), torch.nn.Parameter(torch.ones(3))
+        library, batched = [lejepa.make_optimizers(torch.nn.ParameterList([*some, vector]), cfg)[0]
+                            for some in both]
+        batched.__class__ = gpu.BatchedMuon
+        for step in range(4):
+            for i, pair in enumerate(zip(*both)):
+                gradient = torch.randn(pair[0].shape, generator=torch.Generator().manual_seed(100 * step + i))
+                for p in pair:
+                    p.grad = gradient.clone()
+            library.step()
+            with Launches() as counted:
+                batched.step()
+        launches[copies] = counted.count
+        assert all(torch.equal(a, b) for a, b in zip(*both))
+        found, expected = batched.state_dict()["state"], library.state_dict()["state"]
+        assert found.keys() == expected.keys()         # so that a checkpoint of either fits the other
+        assert all(torch.equal(found[i]["momentum_buffer"], expected[i]["momentum_buffer"]) for i in expected)
+    assert launches[4] == launches[1] < 100
 
 
 def values(model, optimizers):
