@@ -23,6 +23,7 @@ from lejepa import Config
 
 PATIENCE = 20                                  # seconds from a signal to the end of a rank that is stuck
 store = None                                   # what ranks tell each other outside of a step
+voice = None                                   # where a rank that prints nothing else reports an error
 
 # ------------------------------------------------------------------------------------------------ processes
 
@@ -75,7 +76,8 @@ def one_voice():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0":
         yield
         return
-    sys.stdout = open(os.devnull, "w")
+    global voice
+    voice, sys.stdout = sys.stderr, open(os.devnull, "w")
     with contextlib.redirect_stderr(sys.stdout):
         yield
 
@@ -92,7 +94,7 @@ def report(line: str):
     except RuntimeError:                               # the store ended with the launcher
         first = True
     if first:
-        print(f"lejepa.py: {line}", file=sys.stderr, flush=True)
+        print(f"lejepa.py: {line}", file=voice or sys.stderr, flush=True)
 
 
 def share_folder(cfg: Config) -> Config:

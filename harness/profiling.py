@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 from arc_data import Batch, TaskSet, need
-from harness import charts
+from harness import charts, distributed
 from harness.checkpoint import write_file
 from lejepa import Config, batch_loss, train_step
 
@@ -40,6 +40,9 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
         for owner, name in parts:
             vars(owner).pop(name, None)
         line = " ".join(str(error).split())[:200] or type(error).__name__
+        if distributed.ranks() > 1:                    # the others wait for this one inside the loss
+            distributed.report(f"compiling failed in one process ({line}); start with --no-compile")
+            sys.exit(1)
         from torch._inductor.runtime.cache_dir_utils import cache_dir
         print(f"--compile: compiling failed, the run continues without ({line}); if it worked before, remove "
               f"the cache {cache_dir()}", file=sys.stderr)

@@ -236,6 +236,21 @@ def test_a_loss_of_one_rank_that_is_not_finite_ends_all_with_one_line(go_ranks, 
     assert line.startswith("grad_norm is nan at step 3 ") and line.endswith("checkpoint is step 0")
 
 
+def compile_nothing(number):
+    """torch.compile as it is where one rank has no compiler."""
+    def fail(*args):
+        raise RuntimeError("no compiler")
+    torch.compile = lambda function, dynamic: function if number else fail
+
+
+@pytest.mark.whole
+def test_a_rank_that_cannot_compile_ends_all_with_one_line(go_ranks, tmp_path):
+    compiling = lambda number: [partial(compile_nothing, number)]
+    said = go_ranks(tmp_path / "run", "--compile", status=1, changes=compiling)
+    line = said.splitlines()[-1]
+    assert line.endswith("compiling failed in one process (no compiler); start with --no-compile")
+
+
 @pytest.mark.parametrize("flags, way_out", [(["--objective", "infonce"], "leave torchrun out"),
                                             (["--code", "ema"], "leave torchrun out"),
                                             (["--profile"], "leave torchrun out"),
