@@ -183,9 +183,9 @@ class Broken(LeJEPALoss):
                 if isinstance(part, (nn.Dropout, EMAQuantizer)):
                     part.train = lambda mode=True: None            # it stays as it is, in training mode
 
-    def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
+    def regularise_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
         scale = z.shape[1] ** -0.5 if self.unit else 1.0           # unit: embeddings of length 1
-        return super().test_embeddings(z * scale, targets * scale, directions)
+        return super().regularise_embeddings(z * scale, targets * scale, directions)
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)
@@ -234,7 +234,7 @@ class WeightedSum(Broken):
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         terms = self.infonce.compute_loss(model, batch, z, z_hat, y, directions, code_directions, 0.0)[1]
-        terms["sigreg_z"] = self.test_embeddings(z, z, directions) / (len(z) // 2)     # without the factor N
+        terms["sigreg_z"] = self.regularise_embeddings(z, z, directions) / (len(z) // 2)  # without N
         for name, sides in (("relational", [-2, -1]), ("context_self", [0, -2])):
             if name in self.weights:
                 terms[name] = self.between(batch.grids, batch.index[:, sides])

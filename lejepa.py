@@ -1,24 +1,24 @@
 """LeJEPA for ARC: a world model of grids with discrete codes, in one file.
 
-1. A grid is a list of tokens: itself, then its objects. A small network maps a shape to 20 numbers y.
-2. Each number is replaced by the median of its Gaussian quantile bin; five bins make one of four codes.
+1. A grid becomes tokens: the whole grid and each object. A small network maps a bitmap to 20 numbers y.
+2. Each number is rounded to the median of its Gaussian quantile bin; five bins form a code, 20 form four.
 3. A transformer embeds the symbols (codes, colour, box) of one grid as z, on the sphere of radius sqrt(D).
-4. A predictor estimates z of the answer from z of some demonstrations (in, out) and of a given grid.
+4. A predictor estimates z of the answer from z of the demonstrations (in, out) and of a given grid.
 5. Both are trained together; gradients flow through both the prediction and the target:
 
     loss = (1 - lam) * mean |z_hat - z|^2 / D  +  lam * (SIGReg(z) + SIGReg(y))
 
-SIGReg(y) measures how far the numbers behind a code are from N(0, I), where all codes are equally likely.
-SIGReg(z) is a pairwise form of it: each target repels its close neighbours, in the batch and in a memory of
-earlier ones. No teacher, no stop-gradient on the target, no codebook. Evaluation uses averaged weights.
+SIGReg(y) tests the five numbers of each code against N(0, I), under which all codes are equally likely.
+SIGReg(z) is its pairwise form at one high frequency, a uniformity loss: each answer repels its neighbours in
+the batch and in a memory of earlier ones. No teacher, stop-gradient or codebook; averaged weights in eval.
 
-    B windows (K demonstrations, given, answer)   G grids   U distinct shapes   R rows of L token slots
+    B windows (K demonstrations, given, answer)   G grids   U distinct shapes   R packed rows of L slots
     W width   D embedding width   P pooled width   m numbers behind an object's codes   C codes of an object
     V views   N samples of a view   Q embeddings in the memory   M directions   T frequencies   n items
 
     python lejepa.py [--run FOLDER] [--resume] [--profile]     train, evaluate on unseen tasks, leave a record
 
-The default run takes minutes on two CPU cores; README.md has its results. The method without the harness:
+The default run takes minutes on two CPU cores; README.md has its results. As a library:
 
     from arc_data import TaskSet, load_tasks
     from lejepa import Config, build, make_optimizers, resolve_defaults, train
@@ -58,7 +58,7 @@ from arc_data import flatten_pairs, unique_grids, validate_contexts, validate_gr
 # ------------------------------------------------------------------------------------------------ 1 Config
 
 class Size(NamedTuple):
-    """What grows with the machine. The method is the same in all sizes."""
+    """The settings that depend on --size. The method is the same in all sizes."""
     width: int
     heads: int
     encoder_layers: int
@@ -111,7 +111,7 @@ class Config:
 
 
 def resolve_defaults(cfg: Config) -> Config:
-    """The Config for this machine: every None but `validate` and `run` is replaced."""
+    """The Config for this machine: size, device, steps, batch size, rate and compilation are known."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     size = cfg.size or ("base" if device == "cuda" else "small")
     defaults = SIZES[size]._asdict() | {"compile": device == "cuda"}
@@ -121,7 +121,7 @@ def resolve_defaults(cfg: Config) -> Config:
 # --------------------------------------------------------------------------------------------- 2 Objective
 
 KNOTS, DT = 17, 3 / 16                         # published: frequencies t_k = k DT on [0, 3]
-LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): two embeddings repel by exp(-10 d^2 / D)
+LOCAL_T2 = 20.0                                # t^2 of SIGReg(z): the kernel of a pair is exp(-10 d^2 / D)
 
 
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
     returns     scalar               1.0525 on average for N(0, I), whatever N and D; 0.402 N if all are 0
 
     Half types are raised to fp32. Raises ValueError for a view of one sample or shapes that do not match.
-    Source: arXiv:2511.08544, at its authors' frequencies, mean over V and M. The closed form is ours.
+    Source: arXiv:2511.08544, at its authors' frequencies, mean over V and M. Its evaluation is ours.
     """
     if z.ndim not in (2, 3) or z.shape[-2] < 2 or directions.ndim != 2 or z.shape[-1] != directions.shape[0]:
         raise ValueError("sigreg takes z (V, N, D) or (N, D) of at least 2 samples and directions (D, M), "
@@ -141,14 +141,14 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
         z = z if z.dtype == torch.float64 else z.float()
         x = directions.to(z.dtype).T @ z.view(-1, *z.shape[-2:]).transpose(1, 2)               # (V, M, N)
         t = torch.arange(1, KNOTS, dtype=z.dtype, device=z.device) * DT        # (T,); at t = 0 the error is 0
-        phi = torch.exp(-t.square() / 2)                                       # of N(0, 1)
+        phi = torch.exp(-t.square() / 2)               # the characteristic function of N(0, 1)
         weight = 2 * DT * phi                                                  # the window; 2: for -t as well
         weight[-1] /= 2                                                        # the trapezoid rule
         return EppsPulley.apply(x.flatten(0, 1), t, phi, weight).mean()
 
 
 def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
-    """SIGReg at one high frequency t, with a logarithm for each sample: how crowded embeddings are.
+    """SIGReg at one high frequency t, as a uniformity loss: the mean log density around each embedding.
 
     z        (N, D)  embeddings of length sqrt(D); gradients flow into both members of a pair
     memory   (Q, D)  earlier embeddings, without gradient; the first `filled` (0-d) rows are used
@@ -156,20 +156,19 @@ def local_sigreg(z: Tensor, memory: Tensor, filled: Tensor) -> Tensor:
 
         2 + (2 / t^2) mean_i log mean_j exp(-t^2 |z_i - z_j|^2 / 2 D),   j over batch and memory without i
 
-    Averaged over all directions, the Epps-Pulley statistic at t tends to the mean of this kernel over pairs
-    (large D, equal lengths); crowded regions dominate it. The logarithm is taken for each sample: so each one
-    repels its neighbours with equal weight. It is uniformity (arXiv:2005.10242) with the logarithm inside the
-    mean, or the denominator of InfoNCE for targets instead of predictions.
+    Averaged over all directions, the Epps-Pulley statistic at t tends to this kernel's mean over pairs, up to
+    constants (large D, equal lengths). Dense regions dominate it; the logarithm weighs all samples alike.
+    It is uniformity (arXiv:2005.10242) with the logarithm in the mean, or the denominator of InfoNCE for z.
     """
     column = torch.arange(len(z) + len(memory), device=z.device)
     squared = 2 - 2 * z @ torch.cat([z, memory]).T / z.shape[1]                # (N, N + Q): d^2 / D
-    unused = (column >= len(z) + filled) | (column == column[:len(z), None])   # empty memory, and i itself
+    unused = (column >= len(z) + filled) | torch.eye(*squared.shape, dtype=torch.bool, device=z.device)
     kernel = (-LOCAL_T2 / 2 * squared).masked_fill(unused, -1e4)  # finite where nothing is left
     return 2 + 2 / LOCAL_T2 * (kernel.logsumexp(1) - torch.log((len(z) - 1 + filled).clamp(min=1))).mean()
 
 
-def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:  # harness/distributed.py: all-reduce
-    return means, count
+def pool_means(means: Tensor, count: int) -> tuple[Tensor, int]:
+    return means, count                                # of this process; harness/distributed.py replaces it
 
 
 class EppsPulley(torch.autograd.Function):
@@ -247,15 +246,15 @@ class LeJEPALoss(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
-        """The loss, its terms. code_directions (m / C, M / 4) test y, directions (D, M) z if memory is 0."""
+        """Loss, terms. code_directions (m / C, M / 4) are for y, directions (D, M) for z if memory is 0."""
         prediction = (z_hat - z[batch.index[:, -1]]).square().mean()  # gradient into prediction and target
-        sigreg_z = self.test_embeddings(z, z[batch.targets], directions)
+        sigreg_z = self.regularise_embeddings(z, z[batch.targets], directions)
         sample = y[batch.object_sample]  # (N, m): a random sample of the batch's distinct shapes
         sigreg_y = model.in_use[0].quantizer.regulariser(sample, code_directions)
         loss = (1 - lam) * prediction + lam * (sigreg_z + sigreg_y)
         return loss, {"prediction": prediction, "sigreg_z": sigreg_z, "sigreg_y": sigreg_y}
 
-    def test_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
+    def regularise_embeddings(self, z: Tensor, targets: Tensor, directions: Tensor) -> Tensor:
         """SIGReg(z) of the targets (N, D), which then enter the memory; of all z (G, D) without a memory."""
         if len(self.memory) == 0:
             return sigreg(torch.stack([z[0::2], z[1::2]]), directions)  # two views: grids alternate in, out
@@ -270,7 +269,7 @@ class LeJEPALoss(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- 3 Model
 
-LEVELS = (4, 4, 4, 4, 3)                       # bins of the numbers behind one code
+LEVELS = (4, 4, 4, 4, 3)                       # bins of each of a code's five numbers
 CODE_SIZE = math.prod(LEVELS)                  # 768
 CODES = 4                                      # C: codes of an object, 38 bits in all
 DROPOUT = 0.1                                  # of what a transformer block adds
@@ -279,8 +278,8 @@ DROPOUT = 0.1                                  # of what a transformer block add
 class GaussianQuantizer(nn.Module):
     """FSQ (arXiv:2309.15505) with bins that are equally likely under N(0, 1). Nothing is learned.
 
-    A number y becomes level floor(L * Phi(y)) of L and is read back as the median of its bin; y - y.detach()
-    is 0 and carries the gradient. Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
+    Of n bins a number y is in bin floor(n * Phi(y)), and is read back as its median; y - y.detach() is 0 and
+    carries the gradient (straight-through). Five numbers make one of 4 * 4 * 4 * 4 * 3 = 768 codes.
     """
     def __init__(self):
         super().__init__()
@@ -293,7 +292,7 @@ class GaussianQuantizer(nn.Module):
         return torch.special.ndtri((self.level(y) + 0.5) / self.levels) + (y - y.detach())
 
     def level(self, y: Tensor) -> Tensor:
-        """The bin of each number (..., m), int64. Clamped, because Phi can round to 1."""
+        """The bin of each number (..., m), int64. Clamped: Phi can round to 1, and nan has some bin too."""
         return torch.minimum((self.levels * torch.special.ndtr(y)).long().clamp(min=0), self.levels - 1)
 
     def indices(self, y: Tensor) -> Tensor:
@@ -327,8 +326,8 @@ class Block(nn.Module):
 
 
 def embedding_head(inputs: int, size: Size) -> nn.Sequential:
-    norm = nn.BatchNorm1d(size.hidden)                 # of the hidden layer; the output is linear
-    return nn.Sequential(nn.Linear(inputs, size.hidden), norm, nn.GELU(), nn.Linear(size.hidden, size.dim))
+    return nn.Sequential(nn.Linear(inputs, size.hidden), nn.BatchNorm1d(size.hidden), nn.GELU(),
+                         nn.Linear(size.hidden, size.dim))
 
 
 class ObjectHead(nn.Module):
@@ -337,8 +336,8 @@ class ObjectHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(8 * BYTES, width), nn.GELU(), nn.Linear(width, 2 * width),
                                  nn.GELU(), nn.Linear(2 * width, CODES * len(LEVELS)))
-        nn.init.normal_(self.mlp[0].weight, std=0.3)   # so that y starts at variance 1: SIGReg is flat at 0
-        nn.init.normal_(self.mlp[-1].weight, std=0.2)
+        nn.init.normal_(self.mlp[0].weight, std=0.3)   # y starts near variance 1; SIGReg is flat far from it
+        nn.init.normal_(self.mlp[-1].weight, std=3.2 * (2 * width) ** -0.5)
         self.register_buffer("shifts", torch.arange(7, -1, -1, dtype=torch.uint8), persistent=False)
 
     def forward(self, grids: Grids) -> Tensor:
@@ -348,16 +347,17 @@ class ObjectHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Quantizes the shapes of each grid, relates the symbols (codes, colour, box), pools, projects to z.
+    """Quantizes shapes, runs a transformer over the symbols (codes, colour, box) of a grid, pools, projects.
 
-    z is normalised to length sqrt(D), where each coordinate has variance 1; at length 1 SIGReg has no effect.
+    z is normalised to length sqrt(D), as N(0, I) has it; at length 1 the published SIGReg is nearly constant.
     Without the normalisation the encoder lowers the error by shrinking the embeddings of hard grids.
     """
-    NESTED = 0.25                              # share of the shapes whose last codes are dropped in training
+    NESTED = 0.25                              # nested dropout: share of shapes that lose their last codes
 
     def __init__(self, size: Size, quantizer: nn.Module):
         super().__init__()
-        width, self.codes_kept = size.width, CODES     # codes_kept: 1 to C codes read in eval mode
+        width = size.width
+        self.codes_kept = CODES                        # codes read in eval mode, 1 to C
         self.objects, self.quantizer = ObjectHead(width), quantizer
         self.symbol, self.colour = nn.Linear(CODES * len(LEVELS), width), nn.Embedding(10, width)
         self.box = nn.Embedding(6 * (SIDE + 1), width)  # top, left, height, width, bottom, right
@@ -384,7 +384,7 @@ class Encoder(nn.Module):
             return x, y
 
     def drop_codes(self, code: Tensor) -> Tensor:
-        """Zeroes the numbers (U, m) of the last codes, so that the first code alone is a coarse symbol."""
+        """Zeroes the last codes of code (U, m), so that the first code alone is a coarse symbol."""
         kept, number = self.codes_kept, torch.arange(code.shape[1], device=code.device) // len(LEVELS)
         if self.training:
             draw = torch.rand(len(code), 2, device=code.device)
@@ -393,7 +393,7 @@ class Encoder(nn.Module):
         return code * (number < kept)
 
     def encode_symbols(self, code: Tensor, grids: Grids) -> Tensor:
-        """(G, 5 P) from codes (U, m), colours and boxes alone. A grid attends to itself, not to its row."""
+        """(G, 5 P) from codes (U, m), colours and boxes. Tokens attend to those of their own grid."""
         edges = torch.cat([grids.box, grids.box[..., :2] + grids.box[..., 2:]], -1)            # (R, L, 6)
         x = F.embedding(grids.object_id, self.symbol(code))                                    # (R, L, W)
         x = x + self.colour(grids.colour) + self.box(edges + self.tables).sum(-2)
@@ -406,7 +406,7 @@ class Encoder(nn.Module):
         return self.pool(self.widen(x).float().flatten(0, 1), symbols.float().flatten(0, 1), grids)
 
     def pool(self, x: Tensor, symbols: Tensor, grids: Grids) -> Tensor:
-        """(G, 5 P): whole-grid token and maximum of x; mean and sum / 2 sqrt(n) of x (R L, P) and symbols."""
+        """(G, 5 P): whole-grid token, maximum of x (R L, P); mean, sum / (2 sqrt(n)) of x and symbols."""
         count, owner = len(grids.first), grids.grid.flatten()          # an empty slot has owner G
         both = torch.cat([x, symbols], 1)
         total = both.new_zeros(count + 1, both.shape[1]).index_add(0, owner, both)[:count]
@@ -448,7 +448,7 @@ class Predictor(nn.Module):
 
 class LeJEPA(nn.Module):
     """Encoder and predictor: forward takes a batch, the rest lists of grids; averaged weights in eval."""
-    CHUNK = 512  # grids encoded at once; contexts of 3 CHUNK grids are predicted from at once
+    CHUNK = 512                                # grids of an encoder call; a predictor call reads 3 CHUNK
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -571,7 +571,7 @@ def batch_loss(model, batch: Batch, step: int, cfg: Config) -> tuple[Tensor, dic
 
 
 def train_step(model, optimizers, batch: Batch, step: int, cfg: Config) -> dict[str, Tensor]:
-    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors; waits for nothing."""
+    """Forward, loss, backward, clip, optimizers, averaged weights. Returns 0-d tensors, without a wait."""
     torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout too is a function of seed and step
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -634,7 +634,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict, Path]:
 
 
 def load_run(path) -> tuple[LeJEPA, Config]:
-    """The model of a run's folder, frozen, in eval mode (averaged weights), on the CPU; and its Config."""
+    """The model of a run's folder (averaged weights alone), frozen, in eval mode, on the CPU; its Config."""
     tensors, found, _ = read_checkpoint(Path(path))
     try:
         cfg = Config(**found["config"])

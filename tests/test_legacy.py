@@ -483,7 +483,7 @@ def test_unit_radius_makes_sigreg_a_constant_whatever_the_rank():
     for unit in ("no", "yes"):
         cfg = config(objective="broken", memory=0, legacy=f"unit={unit}")
         loss = legacy.Broken(lejepa.build(cfg), cfg)
-        values[unit] = [float(loss.test_embeddings(z, z, directions)) / 128 for z in clouds.values()]
+        values[unit] = [float(loss.regularise_embeddings(z, z, directions)) / 128 for z in clouds.values()]
     assert values["yes"] == pytest.approx([0.38, 0.38], abs=0.003)         # 0.3786 where it is isotropic
     assert values["no"][0] > 5 * values["no"][1]
 
