@@ -11,6 +11,7 @@ under any of the 8 symmetries and any permutation of the 10 colours.
 import hashlib
 import json
 import os
+import sys
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -437,11 +438,11 @@ class TaskSet:
         return Batch(self.table.fill(*arrays), index, shown.bool(), targets, sample)
 
     def draw(self, size: int, seed: int, step: int) -> tuple:
-        """A batch on the host: arguments of `arrange`, index, shown, object_sample, result of `arrange`."""
+        """A batch on the host: arguments of `arrange`, index, shown, object_sample; `arrange` of these."""
         random = np.random.default_rng([seed, step])
         count = -(-size // (self.pairs * (self.pairs - 1)))                    # tasks, rounded up
         tasks = random.choice(len(self.sizes), count)
-        real = np.arange(self.sizes.max()) < self.sizes[tasks, None]           # (tasks, most pairs)
+        real = np.arange(max(self.pairs, self.sizes.max())) < self.sizes[tasks, None]  # (tasks, most pairs)
         keys = np.where(real, random.random(real.shape), 2)                    # a missing pair comes last
         order = keys.argsort(1)[:, :self.pairs]                                # (tasks, pairs)
         order = np.where(real[:, :self.pairs], order, order[:, :1])            # the first stands in for it

@@ -22,7 +22,7 @@ from lejepa import CODES, EMAQuantizer, GaussianQuantizer, InfoNCE, LeJEPALoss
 EPOCH = 95                                             # steps of the recorded runs in an epoch
 # ------------------------------------------------------------------------------------------------ settings
 OFF = ("no", "yes")
-SETTINGS = {  # of --legacy, by what reads them: name and default; of several words the first is the default
+SETTINGS = {  # of --legacy, by what reads them: name and default, which is the first of several words
     "--objective sum": {
         "sigreg_z": 0.1, "relational": 0.0, "context_self": 0.0, "next_frame": 0.0,   # weights of its terms
         "colour": 0.0, "translation": 0.0, "symmetry": 0.0, "masked": 0.0,            # of its invariances
@@ -39,6 +39,7 @@ SETTINGS = {  # of --legacy, by what reads them: name and default; of several wo
                   "recolour": OFF, "scaling": OFF, "epochs": 80},
     "patience": {"min_delta": 0.003}, "optimizer=adam": {"warmup": 1000, "clip": 0.5}}
 DEFAULTS = {name: default for group in SETTINGS.values() for name, default in group.items()}
+POSITIVE = ("temperature", "coldest", "warmest", "epochs", "clip")
 READERS = {name: reader for reader, group in SETTINGS.items() for name in group}
 FAULTS = ("unit", "relu", "shapeless", "training_mode", "padding", "vq_loss", "same_grid", "recolour")
 READ = set()                                           # the settings that were read, for `check`
@@ -55,6 +56,9 @@ def parse(text: str | None) -> dict:
         if not (word in words if words else re.fullmatch(number, word)):
             raise ValueError(f"--legacy {part}: {name} takes {' or '.join(words) or 'a number from 0'}")
         values[name] = word if words else type(default)(word)
+        low, high = 1e-6 if name in POSITIVE else 0, 1 if name == "decay" else 1e6
+        if not words and not low <= values[name] <= high:
+            raise ValueError(f"--legacy {part}: {name} takes a number from {low} to {high}")
     return values
 
 def setting(cfg, name: str):
@@ -68,17 +72,19 @@ def check(cfg, own: str | None):
     """ValueError for a setting in `own` that nothing reads; found by building what a run builds."""
     READ.clear()
     recipe(cfg)[1](lejepa.build(dataclasses.replace(cfg, size="small")), cfg)
-    for name in parse(own).keys() - READ:
+    for name in (name for name in parse(own) if name not in READ):
         raise ValueError(f"--legacy {name} would be ignored: only {READERS[name]} reads it")
 
 # --------------------------------------------------------------------------------------------------- codes
 class Codebook(EMAQuantizer):
-    """The recorded codebook, one code for all numbers of an object. A refresh replaces all unused entries."""
+    """The recorded codebook, one code for all numbers of an object.
+
+    A refresh replaces the unused entries if less than `threshold` of all are in use.
+    """
     def __init__(self, cfg):
         read = partial(setting, cfg)
-        super().__init__(cfg.lam, read("commitment"), read("decay"), int(read("size")), int(read("codes")))
-        swapped = 1 / max(read("commitment"), 1e-6)    # beta on the codebook's term: commitment has 1
-        self.weight *= {"used": 1.0, "none": 0.0, "swapped": swapped}[read("vq_loss")]
+        weight = {"used": read("commitment"), "none": 0.0, "swapped": 1.0}[read("vq_loss")]
+        super().__init__(cfg.lam, weight, read("decay"), int(read("size")), int(read("codes")))
         self.interval, self.rows = math.ceil(read("refresh") * cfg.steps / EPOCH / read("epochs")), None
         self.threshold = read("threshold") if self.interval else 0.0
         self.register_buffer("used", torch.zeros(self.vectors.shape[:2], dtype=torch.bool))
@@ -160,7 +166,8 @@ class FSQ(GaussianQuantizer):
 class Broken(LeJEPALoss):
     """LeJEPA with what breaks it: an averaged or a stopped target, or a fault of the recorded runs.
 
-    With `margin` a window whose error is not 0.1 below that against another task's target adds to the loss.
+    `margin` is the weight of max(0, 0.1 + error - error against the target half a batch away), which belongs
+    to another task in batches of four tasks or more.
     """
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
@@ -189,21 +196,21 @@ class Broken(LeJEPALoss):
 
     def compute_loss(self, model, batch: Batch, z, z_hat, y, directions, code_directions, lam: float):
         loss, terms = super().compute_loss(model, batch, z, z_hat, y, directions, code_directions, lam)
-        target = z[batch.index[:, -1]]
-        if self.margin:
-            others = target.roll(len(target) // 2, 0)  # windows of a task stand together
-            error, other = ((z_hat - x).square().mean(1) for x in (target, others))
-            terms["margin"] = F.relu(0.1 + error - other).mean()
-            loss = loss + self.margin * terms["margin"]
-        if self.target == "trained":
-            return loss, terms
-        target = target.detach()
+        target = z[batch.index[:, -1]] if self.target == "trained" else z[batch.index[:, -1]].detach()
         if self.target == "averaged":
             keys, own = self.average.targets(batch, model)
             self.average.filled += self.training       # the first call copies the encoder, the others average
             target = keys[own] * z.shape[1] ** 0.5
-        prediction = (z_hat - target).square().mean()
-        return loss + (1 - lam) * (prediction - terms["prediction"]), terms | {"prediction": prediction}
+        if self.target != "trained":
+            prediction = (z_hat - target).square().mean()
+            loss = loss + (1 - lam) * (prediction - terms["prediction"])
+            terms["prediction"] = prediction
+        if self.margin:
+            others = target.roll(len(target) // 2, 0)
+            error, other = ((z_hat - x).square().mean(1) for x in (target, others))
+            terms["margin"] = F.relu(0.1 + error - other).mean()
+            loss = loss + self.margin * terms["margin"]
+        return loss, terms
 
 def keep_area(part, bits):                             # of a shape the number of its cells is left
     return (torch.arange(bits[0].shape[1], device=bits[0].device) < bits[0].sum(1, keepdim=True)).float()
@@ -220,6 +227,8 @@ class WeightedSum(Broken):
         names = ("sigreg_z", "relational", "context_self", "next_frame", *VIEWS)
         weights = {name: read(name) for name in names}
         self.weights = {"prediction": 1.0} | {name: weight for name, weight in weights.items() if weight}
+        if read("coldest") > read("warmest"):
+            raise ValueError("--legacy coldest: it is above warmest")
         self.infonce = InfoNCE(model, cfg, read("temperature"), read("coldest"), read("warmest"))
         if weights["relational"] or weights["context_self"]:
             self.normalised, self.by_slot = read("normalised"), read("matching") == "slot"
@@ -293,7 +302,7 @@ def recoloured(grids: Grids, generator=None) -> Grids:
     return grids._replace(colour=colours[grids.grid.clamp(max=count - 1), grids.colour])
 
 def masked(grids: Grids) -> Grids:
-    """Each grid without about a seventh of its objects."""
+    """Each grid without the tokens of about a seventh of its objects; its whole-grid bitmap shows them."""
     count, hidden = len(grids.first), torch.rand(grids.grid.shape, device=grids.grid.device) < 0.15
     hidden.view(-1)[grids.first] = False
     owner = grids.grid.masked_fill(hidden, count)
@@ -302,15 +311,15 @@ def masked(grids: Grids) -> Grids:
 def translated(grids: Grids) -> Grids:
     """Each grid with its objects moved by one offset, drawn from those that keep them all inside."""
     count, box = len(grids.first), grids.box.flatten(0, 1)                                     # (n, 4)
+    whole = images(grids)[grids.object_id.flatten()[grids.first]]      # (G, 30, 30): cut objects too
+    shown = torch.stack([whole.any(2), whole.any(1)], 1).float()                               # (G, 2, 30)
+    low, high = shown.argmax(2), SIDE - shown.flip(2).argmax(2)
+    free = (low + box[grids.first, 2:] - high + 1).clamp(min=1) * shown.any(2)   # of an empty grid: none
+    offset = (torch.rand(free.shape, device=box.device) * free).long() - low * (free > 0)      # (G, 2)
     owner = grids.grid.flatten().index_fill(0, grids.first, count)     # of objects alone
-    owners, corner, size = owner[:, None].expand(-1, 2), box[:, :2], box[grids.first, 2:]
-    low = box.new_full((count + 1, 2), SIDE).scatter_reduce(0, owners, corner, "amin")[:count]
-    high = box.new_zeros(count + 1, 2).scatter_reduce(0, owners, corner + box[:, 2:], "amax")[:count]
-    free = low + size - high + 1
-    offset = (torch.rand(free.shape, device=box.device) * free).long() - low                   # (G, 2)
+    bitmap = torch.zeros_like(box[:, :2]).index_copy(0, grids.first, offset)     # a whole grid's box stays
     moved = box + F.pad(offset, (0, 2, 0, 1))[owner]
-    whole = torch.zeros_like(corner).index_copy(0, grids.first, offset)  # of a whole grid the bitmap moves
-    return redraw(grids, moved, torch.arange(SIDE, device=box.device) - whole[..., None])
+    return redraw(grids, moved, torch.arange(SIDE, device=box.device) - bitmap[..., None])
 
 def turned(grids: Grids) -> Grids:
     """Each grid under a symmetry of its own."""
@@ -322,19 +331,22 @@ def turned(grids: Grids) -> Grids:
     flips = torch.stack([symmetry & 2, symmetry & 4], -1).bool().view(-1, 2, 1)
     return redraw(grids, box, torch.where(flips, box[:, 2:, None] - 1 - place, place), symmetry & 1)
 
+def images(grids: Grids) -> Tensor:                     # (U, 30, 30) uint8 of the distinct shapes
+    bits = (grids.bits[:, :, None] >> torch.arange(7, -1, -1, device=grids.bits.device)) & 1
+    return bits.flatten(1)[:, :SIDE * SIDE].view(-1, SIDE, SIDE)
+
 def redraw(grids: Grids, box: Tensor, cell: Tensor, transpose: Tensor | None = None) -> Grids:
-    """Other boxes (n, 4); cell (n, 2, 30): the row and column of a bitmap that new ones show, or none."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=box.device)
-    image = ((grids.bits[:, :, None] >> shifts) & 1).flatten(1)[:, :SIDE * SIDE].view(-1, SIDE, SIDE)
-    image = image[grids.object_id.flatten()]                                                   # (n, 30, 30)
+    """New boxes (n, 4), and a bitmap a slot: cell (n, 2, 30) holds the old row and column of each new one."""
+    image = images(grids)[grids.object_id.flatten()]                                           # (n, 30, 30)
     if transpose is not None:
         image = torch.where(transpose.view(-1, 1, 1).bool(), image.mT, image)
     inside, (row, column) = (cell >= 0) & (cell < SIDE), cell.clamp(0, SIDE - 1).unbind(1)
     image = image.gather(1, row[:, :, None].expand_as(image)).gather(2, column[:, None].expand_as(image))
     image = image * (inside[:, 0, :, None] & inside[:, 1, None])
-    image = F.pad(image.flatten(1), (0, 8 * BYTES - SIDE * SIDE)).unflatten(1, (BYTES, 8)) << shifts
+    bits = F.pad(image.flatten(1), (0, 8 * BYTES - SIDE * SIDE)).unflatten(1, (BYTES, 8))
+    bits = (bits << torch.arange(7, -1, -1, device=box.device)).sum(2).to(torch.uint8)
     slots = torch.arange(len(box), device=box.device).view_as(grids.object_id)
-    return grids._replace(bits=image.sum(2, dtype=torch.uint8), object_id=slots, box=box.view_as(grids.box))
+    return grids._replace(bits=bits, object_id=slots, box=box.view_as(grids.box))
 
 VIEWS = {"colour": recoloured, "translation": translated, "symmetry": turned, "masked": masked}
 
@@ -397,10 +409,13 @@ class RecordedTasks(TaskSet):
         self.steps, self.same_grid, self.recolour = steps, same_grid, recolour
         self.curriculum, self.every = curriculum, self.sizes
 
-    def batch(self, size: int, seed: int, step: int) -> Batch:
+    def draw(self, size: int, seed: int, step: int) -> tuple:
         if self.curriculum:                            # a third, from 1/4 of the run two, from 5/8 all
             phase = 1 + (4 * step >= self.steps) + (8 * step >= 5 * self.steps)
             self.sizes = self.every[:math.ceil(len(self.every) * phase / 3)]
+        return super().draw(size, seed, step)
+
+    def batch(self, size: int, seed: int, step: int) -> Batch:
         batch = super().batch(size, seed, step)
         if self.recolour:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -440,7 +455,7 @@ class RecordedAdam(torch.optim.Adam):
         return super().step(closure)
 
 def recipe(cfg) -> tuple:
-    """What makes the training data, what makes the optimizers, and (steps, least progress) that end a run."""
+    """The maker of the data, the maker of the optimizers, and early stopping's (patience, min_delta)."""
     read = partial(setting, cfg)
     faults = {name: read(name) for name in ("curriculum", "same_grid", "recolour", "scaling")}
     optimizers = {"muon": lejepa.make_optimizers, "adam": lambda *given: [RecordedAdam(*given)]}
@@ -454,7 +469,7 @@ VIEWED = ",colour=0.1,translation=0.05,symmetry=0.05"
 SIXTH = ADAM + VIEWED + ",relational=0.05,context_self=0.025,coldest=0.07,warmest=0.15"
 GENTLE = ADAM + VIEWED + ",commitment=0.15,decay=0.95"
 STEADY = GENTLE + ",relational=0.025,context_self=0.01,refresh=3000,threshold=0.01"
-# Their SIGReg has no factor N and their L2 is of unit vectors: at our lengths, 192 and 256, these cancel.
+# Their SIGReg lacks our factor N = 192, their L2 of unit vectors our D = 256: the two nearly cancel.
 ALIGNED = {"objective": "broken", "lam": 0.05, "memory": 0}
 PRESETS = {  # name: --legacy, other flags; each is the recorded run or plan of its name
     "sixth": (SIXTH + ",commitment=0.3,refresh=500,threshold=0.05", {}),           # run, 22 epochs

@@ -57,10 +57,10 @@ COLUMNS = {  # of the tables: heading -> figure of result.json
     "all demonstrations": "all_demonstrations", "rank context": "effective_rank_context",
     "rank target": "effective_rank_target", "usage": "codes_usage", "perplexity": "codes_perplexity",
     "gradient norm, most": "grad_norm_max", "windows/s": "samples_per_s"}
-CURVES = {  # of the plot of each experiment
-    1: ("sigreg_z", "effective_rank_target"), 2: ("relational", "grad_norm"),
-    3: ("codes_usage", "validation_loss"), 4: ("prediction", "effective_rank_target"),
-    5: ("codes_usage", "loss"), 6: ("ndcg10_without_out1", "within_task")}
+CURVES = {  # of the plot of an experiment; 4 and 6 have too many runs and get bars
+    1: ("sigreg_z", "effective_rank_target"), 2: ("relational", "grad_norm"), 3: ("codes_usage", "sigreg_y"),
+    5: ("codes_usage", "loss")}
+BARS = ("ndcg10_without_out1", "effective_rank_target")
 
 def run(flags: list[str], folder: Path):
     """One run of lejepa.py to its end. RuntimeError if it fails."""
@@ -94,10 +94,16 @@ def table(out: Path, runs: dict, seeds: int) -> str:
 
 @charts.styled
 def plot(out: Path, number: int, runs: dict) -> str:
-    """Curves of seed 0 over training, beside those of the recorded `production` where it has them."""
-    keys = CURVES[number]
-    figure = Figure(figsize=(4.6 * len(keys), 3.2))
-    for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
+    """Seed 0: bars of results, or curves over training beside those of the recorded `production`."""
+    keys, is_bars = CURVES.get(number, BARS), number not in CURVES
+    figure = Figure(figsize=(4.6 * len(keys), 0.7 + 0.2 * len(runs) if is_bars else 3.2))
+    for axis, key in zip(figure.subplots(1, len(keys), sharey=is_bars), keys):
+        if is_bars:
+            done = {name: folders(out, name, 1)[0] / "result.json" for name in runs}
+            values = {name: checkpoint.read_json(path)[key] for name, path in done.items() if path.exists()}
+            axis.barh(list(values), list(values.values()), color=charts.SERIES[0])
+            axis.set(title=key, ylim=(len(values) - 0.5, -0.5))
+            continue
         for name in runs:
             path = folders(out, name, 1)[0]
             points = charts.points(checkpoint.read_log(path) if path.exists() else [], key)

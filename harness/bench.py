@@ -156,7 +156,8 @@ class Step:
         self.number = 0
         self.model = lejepa.build(self.cfg).to(cfg.device).train()
         self.optimizers = lejepa.make_optimizers(self.model, self.cfg)
-        gpu.prepare(self.optimizers, self.data, self.cfg.device)
+        if mode != "naive":
+            gpu.prepare(self.optimizers, self.data, self.cfg.device)
         if cfg.compile and not profiling.compile_parts(self.model, data, self.cfg):
             raise RuntimeError("torch.compile failed")
 

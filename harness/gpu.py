@@ -1,7 +1,7 @@
-"""What a run does on a GPU alone, with the same bits: fewer launches of Muon, and batches drawn ahead.
+"""What a run does on a GPU alone: Muon in fewer operations, and batches drawn ahead.
 
-The library takes one matrix after the other: 1198 launches a step for `base`. With all matrices of one
-shape together there are 288. On a CPU that gains nothing.
+The library's Muon takes one matrix after the other: 1198 operations a step for `base`. With all matrices of
+one shape together there are 360, with the same bits on a CPU. There it gains nothing, so it is not used.
 """
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ class BatchedMuon(torch.optim.Muon):
     def step(self, closure=None):
         group, = self.param_groups
         same_shape = defaultdict(list)
-        for p in group["params"]:
+        for p in (p for p in group["params"] if p.grad is not None):
             same_shape[p.shape].append(p)
         for shape, params in same_shape.items():
             grads, momentum = [p.grad for p in params], [self.buffer(p) for p in params]
@@ -28,7 +28,7 @@ class BatchedMuon(torch.optim.Muon):
             update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             step = 0.2 * max(shape) ** 0.5 * group["lr"]
-            torch._foreach_add_(params, list(update.unbind()), alpha=-step)
+            torch._foreach_add_(params, list(update.float().unbind()), alpha=-step)
 
     def buffer(self, p: Tensor) -> Tensor:
         if not self.state[p]:

@@ -83,11 +83,13 @@ def free_memory() -> float:
     with contextlib.suppress(OSError, ValueError):     # "max" where there is no limit
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(1024 * int(lines["MemAvailable"].split()[0]))
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        free.append(limit - int(dict(line.split() for line in used)["anon"]))  # files in memory can give way
     return min(free)
 
 def eager(cfg: Config):
-    """Inside it nothing compiled runs: for other sizes than training has, and for counting operations."""
+    """Runs eagerly what stands inside: for other sizes than training has, and for counting operations."""
     return torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
 # --------------------------------------------------------------------------------------------------- trace
 def profile(model, optimizers, data: TaskSet, cfg: Config):

@@ -251,7 +251,7 @@ def test_a_random_query_chooses_within_the_task_by_chance_0_281(real):
     assert found["within_task"].mean() == pytest.approx(0.281, abs=0.02)
 
 
-def regularise_embeddings_with_nan_are_refused(windows):
+def test_embeddings_with_nan_are_refused(windows):
     z = torch.randn(len(windows.grids), 4)
     z[0] = float("nan")
     with pytest.raises(ValueError, match="nan"):

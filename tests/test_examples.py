@@ -149,7 +149,7 @@ def test_a_malformed_beir_folder_gets_one_line(tmp_path, refused, flaw, message)
     assert not (tmp_path / "run").exists()
 
 
-def regularise_embeddings_without_an_id_or_that_are_no_file_of_arrays_get_one_line(tmp_path, refused):
+def test_embeddings_without_an_id_or_that_are_no_file_of_arrays_get_one_line(tmp_path, refused):
     flags = ["--data", beir(tmp_path / "data"), "--run", tmp_path / "run", "--embeddings", tmp_path / "e.npz"]
     np.savez(flags[-1], doc_ids=["d0", "d1"], docs=np.eye(2), query_ids=["q"], queries=np.ones((1, 2)))
     assert "doc_ids lacks 1 ids, first 'd2'" in refused(retrieval, *flags)

@@ -17,7 +17,7 @@ import arc_data
 import harness.run
 import legacy
 import lejepa
-from harness import autopsy
+from harness import autopsy, gpu
 
 ROOT = Path(__file__).parent.parent
 TASKS = synthetic_tasks(1)
@@ -315,6 +315,15 @@ def test_the_curriculum_begins_with_the_easiest_third_and_ends_with_all_tasks():
         for seed in range(12):
             sides |= set(data.batch(24, seed, step).grids.box[..., 2:].flatten().tolist())
         assert max(sides) == most, step
+    for hard in ("7", "9"):                            # then a task of the first third has two pairs of three
+        tasks[hard] = tasks[hard]._replace(train=tasks[hard].train * 3)
+    assert len(make_data(tasks, "cpu", 4).batch(24, 0, 0).index)
+    ahead = make_data(tasks, "cpu", 1)
+    gpu.prepare([], ahead, "cuda")                     # draws the next step in advance
+    for step in range(80):
+        found, expected = (one.draw(24, 0, step)[0] for one in (ahead, make_data(tasks, "cpu", 1)))
+        assert np.array_equal(found, expected), step
+    ahead.draw.pool.shutdown()
     hardness = [legacy.difficulty(tasks[str(side)]) for side in (2, 3, 4, 5, 7, 9)]
     assert hardness == sorted(hardness)
 
@@ -392,6 +401,13 @@ def test_translated_grids_have_all_objects_moved_by_one_offset_and_stay_inside()
         assert before.shape == after.shape and (new - old == offset).all()
         assert (before[tuple(old.T)] == after[tuple(new.T)]).all()
         offsets.add(tuple(offset.tolist()))
+    crowded = np.zeros((20, 20), dtype=np.int8)        # 100 objects, 40 of which have no token
+    crowded[::2, ::2] = 1
+    for view in (legacy.translated(pack([crowded])), legacy.turned(pack([crowded]))):
+        assert int(legacy.images(view)[view.object_id[0, 0]].sum()) == 100
+        assert not legacy.images(view)[view.object_id[0, 0], 20:].any()
+    empty = pack([np.full((3, 4), 2, dtype=np.int8)])
+    assert drawn(legacy.translated(empty))[0].tolist() == drawn(empty)[0].tolist()
     assert {row for row, _ in offsets} >= {-2, -1, 0, 1} and {column for _, column in offsets} >= {0, 1, 2, 3}
 
 
@@ -442,7 +458,9 @@ def test_the_next_frame_of_an_input_is_its_output():
 
 def test_the_margin_compares_each_error_with_that_against_another_tasks_target():
     model, _, data, cfg = build(objective="broken", legacy="margin=0.05")
-    batch = data.batch(12, 0, 0)
+    batch = data.batch(24, 0, 0)
+    tasks = batch.index[:, -1] // (2 * data.pairs)
+    assert (tasks != tasks.roll(len(tasks) // 2)).all()
     with torch.no_grad():
         z, _, y = model.train()(batch)
     z_hat = normal(len(batch.index), TOY.dim)
@@ -558,8 +576,10 @@ def test_faithful_turns_all_faults_on_and_each_can_be_turned_off():
 
 
 @pytest.mark.parametrize("target", ["averaged", "stopped"])
-def test_a_broken_target_sends_no_gradient_into_the_target(target):
-    model, _, data, cfg = build(objective="broken", lam=0.0, code="none", legacy=f"target={target}")
+@pytest.mark.parametrize("margin", [0, 0.5])
+def test_a_broken_target_sends_no_gradient_into_the_target(target, margin):
+    settings = f"target={target},margin={margin}"
+    model, _, data, cfg = build(objective="broken", lam=0.0, code="none", legacy=settings)
     batch = data.batch(12, 0, 0)
     model.predictor.requires_grad_(False)
     z, z_hat, y = model.train()(batch)
@@ -699,6 +719,11 @@ def test_presets_differ_from_each_other_and_scale_by_their_own_epochs():
 
 
 @pytest.mark.parametrize("flags, said", [
+    ("--legacy epochs=0", "epochs takes a number from 1e-06 to"),
+    ("--objective sum --legacy temperature=0", "temperature takes a number from 1e-06 to"),
+    ("--objective sum --legacy relational=1e9", "relational takes a number from 0 to"),
+    ("--code vq --legacy decay=5", "decay takes a number from 0 to 1"),
+    ("--objective sum --legacy coldest=0.5,warmest=0.2", "coldest: it is above warmest"),
     ("--faithful", "--faithful would be ignored by --objective lejepa"),
     ("--objective broken --legacy unit=yes", "needs --memory 0"),
     ("--objective broken --memory -1", "--memory -1: needs 0"),

@@ -100,7 +100,7 @@ def test_sigreg_of_a_collapsed_encoder_is_0_402_n_and_its_gradient_exactly_0(sam
 
 
 @pytest.mark.parametrize("dim, share", [(64, 0.3786), (128, 0.3902), (256, 0.3961), (512, 0.3990)])
-def regularise_embeddings_of_length_1_score_near_a_collapse_however_isotropic(dim, share):
+def test_embeddings_of_length_1_score_near_a_collapse_however_isotropic(dim, share):
     z = F.normalize(normal(4096, dim), dim=1)
     assert float(sigreg(z, unit(dim, 64))) / 4096 == pytest.approx(share, abs=3e-4)
 
@@ -650,7 +650,7 @@ def test_evaluation_changes_nothing_in_the_model(grids, flags):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def regularise_embeddings_lie_on_the_sphere_of_radius_sqrt_d_where_sigreg_has_an_effect(model, grids):
+def test_embeddings_lie_on_the_sphere_of_radius_sqrt_d_where_sigreg_has_an_effect(model, grids):
     z = model.embed(grids)
     dim = z.shape[1]
     torch.testing.assert_close(z.square().sum(1), torch.full((len(z),), float(dim)), rtol=1e-4, atol=0)

@@ -329,8 +329,8 @@ def test_free_memory_is_that_of_the_system_or_of_the_container(monkeypatch):
               "/sys/fs/cgroup/memory.max": "max\n"}
     monkeypatch.setattr(Path, "read_text", lambda path: limits[str(path)])
     assert profiling.free_memory() == 4_096_000
-    limits["/sys/fs/cgroup/memory.max"] = "1000\n"
-    assert profiling.free_memory() == 1000
+    limits |= {"/sys/fs/cgroup/memory.max": "1000\n", "/sys/fs/cgroup/memory.stat": "anon 300\nfile 600\n"}
+    assert profiling.free_memory() == 700
 
 
 def broken_compiler(action):

@@ -209,6 +209,15 @@ def test_ctrl_c_during_the_imports_prints_nothing_and_leaves_with_130(tmp_path, 
     assert (process.returncode, out, error) == (130, "", "")
 
 
+@pytest.mark.whole
+def test_arc_data_prints_the_counts_of_a_folder(task_folder):
+    tasks = arc_data.load_tasks(str(task_folder))
+    pairs = [len(arc_data.pairs_of(task)) for task in tasks.values()]
+    windows = sum(count * (count - 1) for count in pairs)
+    expected = f"{task_folder}: 24 tasks, {sum(pairs)} pairs, {windows} windows; 0 test pairs have no output\n"
+    assert python("arc_data.py", str(task_folder)).stdout == expected
+
+
 @pytest.mark.slow
 @pytest.mark.whole
 def test_arc_data_prints_the_counts():
