@@ -5,7 +5,6 @@
 Runs go one after the other into FOLDER. One that has a result is not repeated; one that was interrupted is
 resumed. autopsy.md takes the figures of all that are there: means over seeds, ± half the range.
 """
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from harness import charts, checkpoint
 from arc_data import need
 from harness.checkpoint import write_file
+from harness.run import Parser
 
 ROOT = Path(__file__).parent.parent
 FAULTS = dict.fromkeys(("unit", "relu", "shapeless", "training_mode", "padding", "same_grid", "recolour"),
@@ -23,12 +23,13 @@ FAULTS = dict.fromkeys(("unit", "relu", "shapeless", "training_mode", "padding",
 ALIGNED = "--preset lejepa-aligned --faithful --lr 0.003 --legacy optimizer=muon"
 CLEAN = ALIGNED.replace("--faithful ", "")             # no fault at all
 GENTLE = "--preset gentle --lr 0.003 --weight-decay 0.5 --legacy optimizer=muon"
-SUM = "--objective sum --code none --legacy relational=0.025"
+PLAIN = "--objective sum --code none"
+SUM = f"{PLAIN} --legacy relational=0.025"
 EXPERIMENTS = {  # number: (title, {name of a run: its flags})
     1: ("SIGReg of embeddings of length 1", {
         "default": "", "published": "--memory 0", "unit": "--memory 0 --objective broken --legacy unit=yes"}),
     2: ("The relational loss and the spread of embeddings", {
-        "raw": SUM, "normalised": f"{SUM},normalised=yes", "without": "--objective sum --code none"}),
+        "raw": SUM, "normalised": f"{SUM},normalised=yes", "sum": PLAIN}),
     3: ("Codebooks and refreshes", {
         "default": "", "vq-cold": "--code vq --legacy start=cold",
         "vq-500": "--code vq --legacy start=cold,refresh=500,threshold=0.05",
@@ -51,7 +52,10 @@ EXPERIMENTS = {  # number: (title, {name of a run: its flags})
         name: f"--preset {name}" for name in (
             "sixth", "no-vq", "no-refresh", "gentle", "optimized", "production", "v2", "stable-production",
             "lejepa-aligned", "gumbel", "combined")} | {
-        "gentle-muon": GENTLE, "gentle-muon-analogy": f"{GENTLE} --context analogy"})}
+        "gentle-muon": GENTLE, "gentle-muon-analogy": f"{GENTLE} --context analogy",
+        "margin": "--objective broken --legacy margin=0.1", "scaling": "--legacy scaling=yes",
+        "sum": PLAIN, "masked": f"{PLAIN} --legacy masked=0.1",
+        "next-frame": f"{PLAIN} --legacy next_frame=0.1"})}
 COLUMNS = {  # of the tables: heading -> figure of result.json
     "nDCG@10 without out1": "ndcg10_without_out1", "within-task": "within_task",
     "all demonstrations": "all_demonstrations", "rank context": "effective_rank_context",
@@ -119,24 +123,28 @@ def plot(out: Path, number: int, runs: dict) -> str:
     return f"![{', '.join(keys)}](experiment{number}.png)"
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m harness.autopsy", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m harness.autopsy", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the page")
     parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
     parser.add_argument("--seeds", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--only", type=int, nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
     args, more = parser.parse_known_args(argv)
+    set_here = {"--seed", "--run", "--resume"} & {word.partition("=")[0] for word in more}
+    need(not set_here, f"{' '.join(sorted(set_here))} would be overwritten: each run gets its own")
     args.out.mkdir(parents=True, exist_ok=True)
-    more = more if "--data" in more or "--validate" in more else ["--validate", "dev", *more]
+    more = more if any(word.startswith("--validate") for word in more) else ["--validate", "dev", *more]
     page = ["# Why the recorded runs failed",
             f"`python -m harness.autopsy --steps {args.steps} --seeds {args.seeds} {' '.join(more)}`"]
     for number, (title, runs) in EXPERIMENTS.items():
         for name, flags in runs.items() if number in args.only else ():
             for seed, folder in enumerate(folders(args.out, name, args.seeds)):
+                wanted = [*flags.split(), *more, "--steps", str(args.steps), "--seed", str(seed)]
                 if (folder / "result.json").exists():
-                    steps = checkpoint.read_json(folder / "result.json")["steps"]
-                    need(steps <= args.steps, f"{folder} has {steps} steps; give another --out folder")
+                    command = checkpoint.read_json(folder / "config.json")["command"]
+                    need(f" {' '.join(wanted)} " in command,
+                         f"{folder} holds a run with other flags; give another --out folder")
                 else:
-                    run([*flags.split(), *more, "--steps", str(args.steps), "--seed", str(seed)], folder)
+                    run(wanted, folder)
         page += [f"## {number}. {title}", table(args.out, runs, args.seeds), plot(args.out, number, runs)]
         write_file(args.out / "autopsy.md", ("\n\n".join(page) + "\n").encode())
     print(f"page: {args.out / 'autopsy.md'}")
@@ -146,6 +154,6 @@ if __name__ == "__main__":
         main()
     except (RuntimeError, OSError, ValueError) as error:
         print(f"autopsy: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,5 @@
 """legacy.py: formulas against plain lines, faults and settings by what they change, presets by steps."""
+import json
 import math
 import shutil
 import subprocess
@@ -687,6 +688,9 @@ def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_exper
         taken.append((folder.name, flags))
         harness.run.parse_flags([*flags, "--run", str(folder), "--size", "small"])     # which refuses nothing
         shutil.copytree(toy_run, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["command"] = " ".join(["python lejepa.py", *flags, "--run", str(folder)])
+        (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(autopsy, "run", run)
     words = ["--out", str(out), "--steps", "2", "--seeds", "2", "--batch-size", "12"]
     autopsy.main(words)
@@ -700,6 +704,10 @@ def test_the_autopsy_runs_what_is_missing_and_writes_a_table_and_a_plot_an_exper
     shutil.rmtree(out / "infonce-1")
     autopsy.main([*words, "--only", "6"])
     assert [name for name, _ in taken[first:]] == ["infonce-1"]
+    for wrong, said in ((["--lam", "0.1"], "other flags"), (["--seed=3"], "--seed would be overwritten"),
+                        (["--step", "2"], "other flags")):         # no flag is guessed from a part of its name
+        with pytest.raises(ValueError, match=said):
+            autopsy.main([*words, *wrong])
 
 
 def test_runs_of_the_autopsy_with_one_name_have_one_set_of_flags_and_its_faults_are_those_of_legacy():
