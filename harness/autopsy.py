@@ -63,7 +63,7 @@ COLUMNS = {  # of the tables: heading -> figure of result.json
     "gradient norm, most": "grad_norm_max", "windows/s": "samples_per_s"}
 CURVES = {  # of the plot of an experiment; 4 and 6 have too many runs and get bars
     1: ("sigreg_z", "effective_rank_target"), 2: ("relational", "grad_norm"), 3: ("codes_usage", "sigreg_y"),
-    5: ("codes_usage", "loss")}
+    5: ("codes_usage", "prediction")}
 BARS = ("ndcg10_without_out1", "effective_rank_target")
 
 def run(flags: list[str], folder: Path):
@@ -108,10 +108,10 @@ def plot(out: Path, number: int, runs: dict) -> str:
             axis.barh(list(values), list(values.values()), color=charts.SERIES[0])
             axis.set(title=key, ylim=(len(values) - 0.5, -0.5))
             continue
-        for name in runs:
+        for name, colour in zip(runs, charts.SERIES):
             path = folders(out, name, 1)[0]
             points = charts.points(checkpoint.read_log(path) if path.exists() else [], key)
-            axis.plot(*zip(*points), label=name) if points else None
+            axis.plot(*zip(*points), label=name, color=colour) if points else None
         recorded = charts.RECORDED.get(key)
         if recorded and axis.lines:
             last = max(line.get_xdata()[-1] for line in axis.lines)
