@@ -657,7 +657,8 @@ def test_every_setting_has_one_reader_and_a_default_that_its_own_parser_takes():
 # ---- runs ------------------------------------------------------------------------------------------------
 
 STATEFUL = [("--preset", "sixth", "--faithful", "--legacy", "refresh=1500,threshold=1,balance=gradnorm"),
-            ("--preset", "gumbel", "--legacy", "target=averaged,curriculum=yes")]
+            ("--preset", "gumbel", "--legacy", "target=averaged,curriculum=yes,margin=0.1,scaling=yes"),
+            ("--preset", "no-vq", "--legacy", "masked=0.1,next_frame=0.1,balance=uncertainty")]
 
 
 @pytest.mark.parametrize("flags", STATEFUL)
