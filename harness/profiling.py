@@ -34,6 +34,7 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
     try:
         for owner, name in parts:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
+        model.predictor.forward = with_fixed_length(model.predictor.forward)
         try_loss(trained, data, cfg)
         return True
     except Exception as error:  # whatever is missing or broken, the run goes on without
@@ -47,6 +48,17 @@ def compile_parts(trained, data: TaskSet, cfg: Config) -> bool:
         print(f"--compile: compiling failed, the run continues without ({line}); if it worked before, remove "
               f"the cache {cache_dir()}", file=sys.stderr)
         return False
+
+def with_fixed_length(predict):
+    """The compiled predictor for one number of demonstrations, with any number of windows.
+
+    A dynamic number of demonstrations takes the compiler to an error in bf16 (torch 2.13).
+    """
+    def fixed(z, shown):
+        for x in (z, shown):
+            torch._dynamo.mark_static(x, 1)
+        return predict(z, shown)
+    return fixed
 
 def try_loss(model, data: TaskSet, cfg: Config, step: int = 0, size: int | None = None):
     """Computes one loss, of `size` windows, and its gradient. Weights and buffers stay as they are."""

@@ -154,7 +154,21 @@ def test_nothing_recompiles_after_warm_up_and_no_graph_breaks(monkeypatch):
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] > 3 and counts[2] == counts[-1], counts
     assert not torch._dynamo.utils.counters["graph_break"]
+    counts = []
+    for windows, demonstrations in ((7, 2), (9, 2), (9, 3)):
+        z = torch.randn(windows, 2 * demonstrations + 1, lejepa.SIZES["small"].dim)
+        model.predictor(z, torch.ones(windows, demonstrations, dtype=torch.bool))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == counts[2] - 1     # only the number of demonstrations is fixed
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_the_step_compiles_in_bf16(capsys):
+    """With a dynamic number of demonstrations torch 2.13 fails here, and in bf16 alone."""
+    cfg, model, _ = setting(dtype="bf16")
+    assert profiling.compile_parts(model, TaskSet(synthetic_tasks(33)), cfg) and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["code", "predictor"])

