@@ -189,7 +189,7 @@ def test_the_loss_of_each_codebook_is_that_of_vq_vae_or_as_its_fault_says():
         ema = legacy.Codebook(cfg)
         ema.train()(y)
         error = (y - ema.read(ema.indices(y))).square().mean()
-        assert float(0.5 * ema.regulariser(y, None)) == pytest.approx(float(beta * error), rel=1e-5)
+        assert (0.5 * ema.regulariser(y, None)).item() == pytest.approx((beta * error).item(), rel=1e-5)
 
 
 def test_the_entropy_of_gumbel_has_a_gradient_where_a_code_is_out_of_reach():
