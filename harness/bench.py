@@ -312,7 +312,8 @@ def main():
     for name in args.tables:
         tables.append(show(TABLES[name](args), lines))
         if args.out:
-            record = {"command": sys.argv, "failures": args.failures, "tables": tables}
+            command = " ".join(["python -m harness.bench", *sys.argv[1:]])
+            record = {"command": command, "failures": args.failures, "tables": tables}
             Path(args.out).mkdir(parents=True, exist_ok=True)
             write_file(Path(args.out, "bench.json"), json.dumps(record, indent=1).encode())
             write_file(Path(args.out, "bench.md"), "\n".join([*lines, "", *args.failures]).encode())

@@ -273,6 +273,13 @@ def test_the_row_of_a_kept_run_equals_its_config_and_result():
     assert len(folders) > 5
 
 
+def test_no_kept_record_names_a_path_of_a_machine():
+    kept = [path for name in tracked_folders() for path in (RUNS / name).rglob("*.json*")]
+    for path in [*kept, RUNS / "history.jsonl", *RUNS.glob("*.md")]:
+        assert not re.search("/(root|home|tmp|work)/", path.read_text()), path
+    assert len(kept) > 10
+
+
 def test_the_page_of_results_has_at_most_150_lines_and_links_every_run_folder():
     text = (RUNS / "README.md").read_text()
     assert len(text.splitlines()) <= 150
