@@ -209,7 +209,7 @@ def write_config(cfg: Config, compiled: bool):
 def eval_interval(cfg: Config) -> int:
     """Steps between two evaluations on unseen tasks, each with a checkpoint: 100, or a 20th of the run.
 
-    On a GPU a quarter of the run: there an evaluation takes as long as some 50 steps.
+    On a GPU a quarter of the run: there steps are faster, and evaluations are not.
     """
     return max(100, cfg.steps // (4 if cfg.device == "cuda" else 20))
 

@@ -238,6 +238,21 @@ def test_the_rule_without_labels_has_the_rank_correlations_of_its_runs():
     assert "authors, is {3} (".format(*found) in text
 
 
+def test_the_figures_of_longer_runs_in_the_readme_are_recorded():
+    rows = [history()[name] for name in ("default", *(f"longer-{n}" for n in (1000, 2000, 4000, 6000)))]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "is " + ", ".join(f"{row['ndcg10_without_out1']:.3f}" for row in rows) + ". On training" in text
+    for name in ("train_without_out1", "train_shuffled_without_out1"):
+        assert f"from {rows[0][name]:.3f} to {rows[-1][name]:.3f}" in text
+
+
+def test_the_figures_of_three_seeds_on_dev_in_the_readme_are_recorded():
+    means = [statistics.mean([history()[f"dev-{name}-seed{seed}"]["ndcg10_without_out1"] for seed in range(3)])
+             for name in ("lejepa", "infonce")]
+    assert "{:.3f}, {:.3f} on the development split".format(*means) in " ".join(
+        (ROOT / "README.md").read_text().split())
+
+
 def test_the_tables_of_the_autopsy_equal_the_records():
     known, checked = history(), 0
     pattern = r"^\| `([\w-]+)` \| (\S+) \| (\S+) \| (\S+) \| (\d+) / (\d+) \|"
